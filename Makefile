@@ -1,0 +1,45 @@
+# make demo   set up .venv, prepare the demo's text, train four runs, print one table (under 5 minutes after the set-up)
+# make test   set up .venv with the test tools and run the whole test suite (under 10 minutes)
+# make clean  remove what the demo wrote (data/demo, out/); the .venv stays
+PYTHON ?= python3
+PY = .venv/bin/python
+CODE = train.py eval.py model.py lora_moe.py federate.py configurator.py data/stream.py config/demo.py assets/base-tiny.safetensors
+RUNS = out/demo-local out/demo-fedavg out/demo-1g1s-own out/demo-1g1s-mixture
+
+.PHONY: demo test clean
+
+demo: $(RUNS:=/summary.json)
+	@echo '== Test perplexity of every user. Local and FedAvg never look at validation text, so one run serves both targets.'
+	@$(PY) eval.py $(RUNS) --target=own,mixture
+
+out/demo-local/summary.json: ARGS = --method=local
+out/demo-fedavg/summary.json: ARGS = --method=fedavg
+out/demo-1g1s-own/summary.json: ARGS = --method=comigs_1g1s --target=own
+out/demo-1g1s-mixture/summary.json: ARGS = --method=comigs_1g1s --target=mixture
+
+out/demo-%/summary.json: data/demo/meta.json $(CODE)
+	@echo '== Training: $(ARGS)'
+	@$(PY) train.py config/demo.py $(ARGS) --out_dir=out/demo-$* --overwrite
+
+data/demo/meta.json: .venv/run-ready data/prepare.py data/installed.py
+	@echo '== Preparing four users out of text that is installed on this machine'
+	@$(PY) data/prepare.py demo --force
+
+test: .venv/test-ready
+	@echo '== Running the tests'
+	@$(PY) -m pytest -q
+
+.venv/run-ready: requirements.txt
+	@echo '== Setting up .venv with the pinned requirements (torch is large; once only)'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nanoCoMiGS needs Python 3.11 or newer: make PYTHON=python3.12")'
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/test-ready: .venv/run-ready requirements-dev.txt
+	@echo '== Adding the test tools'
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf data/demo out

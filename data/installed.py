@@ -1,0 +1,155 @@
+"""Real text that lies on every machine that can run this project: the files of Python and of the installed packages.
+
+Four kinds, one per user of the demo, and other packages' code for the base model. Everything is read as text; no
+package is imported. The result depends on the installed versions only: files are visited in the order of their paths'
+hashes, which scatters over the packages whatever is taken first."""
+import ast
+import hashlib
+import re
+import sysconfig
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+STDLIB = Path(sysconfig.get_path('stdlib'))
+PACKAGES = Path(sysconfig.get_path('purelib'))
+DOCSTRINGS_OF = ('torch', 'numpy', 'matplotlib', 'networkx')     # the prose user reads these, the base must not
+CODE_FOR_BASE = ('pandas', 'sympy', 'transformers', 'peft', 'fontTools', 'pip', 'aiohttp', 'fsspec', 'PIL', 'mpmath')
+HEADERS_FOR_BASE = ('pyarrow/include', 'numpy/_core/include')
+CAP, BASE_CAP = 8_000, 20_000              # characters of one document: no single file fills a user's text
+LIMIT, BASE_LIMIT = 1_000_000, 12_000_000  # characters of one user, of one kind of code in the base's corpus
+MIN_BLOCK = 40             # characters; shorter blocks ('else:', '}') may repeat
+MIN_LINE = 30
+
+
+def demo_documents() -> dict[str, list[str]]:
+    """{user name: documents}: Python sources, C++ headers, English reference prose, licences and READMEs.
+
+    A block (text between blank lines) of MIN_BLOCK characters or more is kept only where it occurs first, over all four
+    users together. So neither two users nor two splits of one user (which are made by document) share a licence header, a
+    copied function or a repeated paragraph."""
+    kinds = {'python': python_sources(), 'cpp': cpp_headers(), 'prose': reference_prose(), 'readme': package_readmes()}
+    seen = set()
+    return {name: collect(texts, seen, CAP, LIMIT) for name, texts in kinds.items()}
+
+
+def base_documents(exclude: list[str]) -> dict[str, list[str]]:
+    """{source: documents} of Python and C++ code for the base model, beside English prose.
+
+    No line of MIN_LINE characters or more of `exclude` (the demo users' documents) occurs in them."""
+    taken = {line.strip() for text in exclude for line in text.splitlines() if len(line.strip()) >= MIN_LINE}
+
+    def untaken(path: Path) -> str:
+        return '\n'.join(line for line in read(path).splitlines() if line.strip() not in taken)
+
+    folders = [PACKAGES / folder for folder in HEADERS_FOR_BASE] + [Path(sysconfig.get_path('include'))]
+    paths = {'python': [path for package in CODE_FOR_BASE for path in (PACKAGES / package).rglob('*.py')],
+             'cpp': [path for folder in folders for path in folder.rglob('*.h')]}
+    seen = set()
+    return {name: collect(map(untaken, scattered(files)), seen, BASE_CAP, BASE_LIMIT) for name, files in paths.items()}
+
+
+def collect(texts: Iterable[str], seen: set, cap: int, limit: int) -> list[str]:
+    """Documents of 200 to `cap` characters, made of blocks not in `seen`, until there are `limit` characters."""
+    documents, size = [], 0
+    for text in texts:
+        text = cut('\n\n'.join(new_blocks(text, seen)), cap)
+        if len(text) >= 200:
+            documents.append(text)
+            size += len(text)
+        if size >= limit:
+            break
+    return documents
+
+
+def new_blocks(text: str, seen: set) -> list[str]:
+    """The blocks of text that are not in `seen`, compared without white space; adds them to `seen`."""
+    blocks = []
+    for block in re.split(r'\n\s*\n', text):
+        key = block_key(block)
+        if len(key) < MIN_BLOCK or key not in seen:
+            blocks.append(block.strip('\n').rstrip())
+            seen.add(key)
+    return [block for block in blocks if block]
+
+
+def block_key(block: str) -> str:
+    """Letters and digits only: the same licence wrapped or commented otherwise is the same block."""
+    return re.sub(r'\W+', '', block)
+
+
+def cut(text: str, limit: int) -> str:
+    """The first `limit` characters, up to the end of a line."""
+    return text if len(text) <= limit else text[:limit].rpartition('\n')[0]
+
+
+def read(path: Path) -> str:
+    try:
+        return path.read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError):
+        return ''  # a stray binary or Latin-1 file is no text of ours
+
+
+def scattered(paths: Iterable[Path]) -> list[Path]:
+    """Files in an order that depends on their names alone and mixes folders: by a hash of the path inside its root."""
+    roots = (PACKAGES, STDLIB)
+
+    def key(path: Path) -> str:
+        root = next((root for root in roots if path.is_relative_to(root)), path.parent)
+        return hashlib.md5(path.relative_to(root).as_posix().encode(), usedforsecurity=False).hexdigest()
+    return sorted(paths, key=key)
+
+
+def python_sources() -> Iterable[str]:
+    """The standard library's modules, without its tests and without pydoc's topics (those are the prose user's)."""
+    skip = {'test', 'tests', 'idlelib', 'lib2to3', 'pydoc_data', 'site-packages', 'turtledemo', 'encodings'}
+    return map(read, scattered(path for path in STDLIB.rglob('*.py') if not skip & set(path.relative_to(STDLIB).parts)))
+
+
+def cpp_headers() -> Iterable[str]:
+    """Torch's hand-written C++ headers: c10, ATen and torch/csrc without the generated operator files."""
+    include = PACKAGES / 'torch' / 'include'
+    paths = (path for folder in ('c10', 'ATen', 'torch/csrc') for path in (include / folder).rglob('*.h'))
+    return map(read, scattered(path for path in paths if path.parent.name != 'ops' and 'generated' not in path.parts))
+
+
+def reference_prose() -> Iterable[str]:
+    """Paragraphs of pydoc's language reference and of docstrings that read as English; a topic or a file a document."""
+    for node in ast.parse(read(STDLIB / 'pydoc_data' / 'topics.py') or '{}').body:
+        if isinstance(node, ast.Assign):            # topics = {name: text, ...}
+            for text in node.value.values:
+                yield '\n\n'.join(prose(ast.literal_eval(text)))
+    paths = (path for package in DOCSTRINGS_OF for path in (PACKAGES / package).rglob('*.py') if 'tests' not in path.parts)
+    for path in scattered(paths):
+        yield '\n\n'.join(docstring_prose(read(path)))
+
+
+def docstring_prose(source: str) -> list[str]:
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return []
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, owners))
+    return [paragraph for text in texts if text for paragraph in prose(text)]
+
+
+def prose(text: str) -> list[str]:
+    """Paragraphs without code: at least 80 characters, mostly words, ending as a sentence does."""
+    paragraphs = []
+    for block in re.split(r'\n\s*\n', text):
+        block = '\n'.join(line.strip() for line in block.strip().splitlines())
+        words = len(re.findall(r"\b[A-Za-z][a-z']+\b", block))
+        code = any(mark in block for mark in ('>>>', '...', '::=', '==', ' = ', '{', '---'))
+        if len(block) >= 80 and block.endswith('.') and words * 9 > len(block) and not code:
+            paragraphs.append(block)
+    return paragraphs
+
+
+def package_readmes() -> Iterable[str]:
+    """Long descriptions (READMEs) and licences out of the installed packages' metadata."""
+    for package in sorted(metadata.distributions(), key=lambda d: (d.metadata['Name'] or '').lower()):
+        yield package.metadata.get_payload() or ''
+        for file in sorted(package.files or [], key=str):
+            if re.search(r'(licen[cs]e|notice|copying)', file.name.lower()) and file.suffix.lower() in ('', '.txt', '.md', '.rst'):
+                yield read(Path(file.locate()))

@@ -1,0 +1,546 @@
+"""Prepare a data set: $ python data/prepare.py {demo,base,agnews,multilingual,slimpajama,local} [--source=PATH] [--help]
+
+Documents are stripped, exact duplicates are dropped, and every document goes to one split of one user. Then each split is
+written as one stream of tokens, its documents joined by the data set's separator without an end-of-text token:
+OUT_ROOT/NAME/user{i}_{train,valid,test}.bin and meta.json, which data/stream.py reads.
+
+agnews        one category per user; valid and test: a random partition of the test rows over users (tomorrow's news)
+multilingual  Wikipedia in one language per user: de, nl, fr, it
+slimpajama    one source per user: StackExchange, Github, ArXiv, Book
+local         one user per file (.txt, .jsonl, .jsonl.gz, .csv, .parquet with a column 'text') or sub-folder of --source. Each
+              .txt in a sub-folder of ten or more is one document; other .txt files are cut into paragraphs at blank lines
+demo          four users out of text that is installed with Python and its packages: no download
+base          what pretrain.py trains on: English Wikipedia and the installed text that demo does not use"""
+import argparse
+import ast
+import csv
+import gzip
+import hashlib
+import heapq
+import itertools
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.stream import SPLITS, encoding
+
+DEMO_TOKENS = {'train': (60_000, 100_000, 160_000, 240_000), 'valid': 32_000, 'test': 64_000}
+BASE_TOKENS = 80_000_000     # English Wikipedia to take from the Hub for base; everything when it comes from --source
+BATCH_CHARS = 1_000_000      # text that is tokenised at once
+LEAD = 2                     # tokens of a separator, at most; a stream's first document loses its own
+FORMATS = ('.jsonl', '.jsonl.gz', '.csv', '.parquet', '.txt')
+WIKIPEDIA = 'wikimedia/wikipedia'
+# hub: user or group -> (repository, config) on the Hugging Face Hub. buffer: rows of a file group in memory for shuffling.
+# tokens: default size of every user's splits, for the three paper sets those of Table 3; a fraction of the text otherwise.
+SETS = {
+    'agnews': dict(
+        users=('World', 'Sports', 'Business', 'Sci/Tech'), separator=' ', tokenizer='gpt2', max_chars=None,
+        hub={'train': ('fancyzhx/ag_news', None)}, buffer=120_000,  # all of it: Table 3 takes half of each category's rows
+        tokens={'train': (761_924, 756_719, 814_131, 771_460), 'valid': (48_809, 48_730, 50_398, 48_249),
+                'test': (48_167, 47_721, 48_344, 49_377)}),
+    'multilingual': dict(
+        users=('de', 'nl', 'fr', 'it'), separator=' ', tokenizer='gpt2', max_chars=None, buffer=10_000,
+        hub={'de': (WIKIPEDIA, '20231101.de'), 'nl': ('google/wiki40b', 'nl'), 'fr': (WIKIPEDIA, '20231101.fr'),
+             'it': (WIKIPEDIA, '20231101.it')},
+        tokens={'train': (557_662, 407_498, 556_796, 451_584), 'valid': (300_764, 216_318, 220_071, 165_984),
+                'test': (229_720, 219_741, 210_570, 172_547)}),
+    'slimpajama': dict(  # 400 000 characters are about 100k tokens: a test stream holds two books or more
+        users=('StackExchange', 'Github', 'ArXiv', 'Book'), separator=' ', tokenizer='gpt2', max_chars=400_000, buffer=10_000,
+        hub={'train': ('DKYoon/SlimPajama-6B', None)},
+        tokens={'train': (1_000_000,), 'valid': (200_000,), 'test': (200_000,)}),
+    'local': dict(separator='\n\n', tokenizer='gpt2', max_chars=None, buffer=10_000,
+                  tokens={'train': (0.8,), 'valid': (0.1,), 'test': (0.1,)}),
+    'demo': dict(separator='\n\n', tokenizer='bytes', max_chars=None,
+                 tokens={split: np.atleast_1d(n).tolist() for split, n in DEMO_TOKENS.items()}),
+    'base': dict(separator='\n\n', tokenizer='bytes', max_chars=None, buffer=10_000,
+                 hub={'wikipedia': (WIKIPEDIA, '20231101.en')},
+                 tokens={'train': (0.98,), 'valid': (0.01,), 'test': (0.01,)}),
+}
+
+
+# ---- rows: dictionaries, from the Hub or from files -----------------------------------------------------------------
+
+def hub_rows(repository: str, config: str | None, split: str, seed: int, buffer: int) -> Iterator[dict]:
+    """Rows of a parquet data set on the Hub, streamed and shuffled. Raises OSError when they cannot be read."""
+    import datasets
+    from huggingface_hub.utils import logging
+    logging.set_verbosity_error()  # it warns at every retry
+    try:
+        stream = datasets.load_dataset(repository, config, split=split, streaming=True)
+        yield from stream.shuffle(seed=seed, buffer_size=buffer)
+    except Exception as error:  # the Hub's client, its transport and parquet each have their own
+        raise OSError(f'{repository} cannot be read from the Hugging Face Hub ({type(error).__name__}: {one_line(error)}): '
+                      'connect, or give local files with the same columns as --source=PATH') from None
+
+
+def file_rows(file: Path, whole: bool = False) -> Iterator[dict]:
+    """Rows of one local file; .txt: a row per paragraph, or one for the whole file. Raises ValueError naming the file."""
+    try:
+        if file.suffix == '.parquet':
+            import pyarrow.parquet
+            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+            return
+        with (gzip.open if file.suffix == '.gz' else open)(file, 'rt', encoding='utf-8-sig', newline='') as lines:
+            if file.suffix == '.txt':
+                text = lines.read().replace('\r\n', '\n')
+                yield from ({'text': part} for part in ([text] if whole else re.split(r'\n\s*\n', text)))
+            elif file.suffix == '.csv':
+                csv.field_size_limit(2**31 - 1)
+                yield from csv.DictReader(lines)
+            else:
+                for row in map(json.loads, filter(str.strip, lines)):
+                    if not isinstance(row, dict):
+                        raise ValueError('a line is not a JSON object')
+                    yield row
+    except Exception as error:  # of gzip, zlib, csv, json, pyarrow or the file system
+        raise ValueError(f'{file.name} cannot be read ({type(error).__name__}: {one_line(error)})') from None
+
+
+def shuffled(rows: Iterable[dict], buffer: int, rng: np.random.Generator) -> Iterator[dict]:
+    """The rows in random order, with `buffer` of them in memory: what .shuffle() does to rows of the Hub."""
+    held = []
+    for row in rows:
+        if len(held) < buffer:
+            held.append(row)
+        else:
+            i = rng.integers(buffer)
+            yield held[i]
+            held[i] = row
+    rng.shuffle(held)
+    yield from held
+
+
+def find_files(source: Path, stem: str | None) -> list[Path]:
+    """Data files at `source`, sorted: that file, or those of a folder named STEM.jsonl, STEM-00000-of-00002.parquet, ..."""
+    if source.is_file():
+        return [source] if source.name.endswith(FORMATS) else []
+    return [file for file in sorted(source.iterdir()) if file.name.endswith(FORMATS) and file.is_file()
+            and not file.name.startswith('.') and stem in (None, re.split(r'[.-]', file.name)[0])]
+
+
+def rows_of(options: dict, group: str, split: str = 'train', stem: str | None = None) -> tuple[Iterator[dict], list[str]]:
+    """(rows, where they are from) of one group of SETS[...]['hub'], out of --source where given. Raises ValueError."""
+    chosen, seed = SETS[options['set']], options['seed']
+    if options['source'] is None:
+        repository, config = chosen['hub'][group]
+        return hub_rows(repository, config, split, seed, chosen['buffer']), [' '.join(filter(None, (repository, config)))]
+    files = find_files(Path(options['source']), stem)
+    if not files:
+        raise ValueError(f'--source={options["source"]} holds no {stem or "*"}.jsonl, .jsonl.gz, .csv or .parquet')
+    rows = itertools.chain.from_iterable(map(file_rows, files))
+    return shuffled(rows, chosen['buffer'], np.random.default_rng(seed)), [file.name for file in files]
+
+
+# ---- documents: (category, text), a category being the number of a pool of text -------------------------------------
+
+def field(row: dict, column: str, where: str) -> object:
+    """A row's value. Raises ValueError if there is no such column."""
+    if column not in row:
+        raise ValueError(f'{where}: no column {column!r} (there are: {one_line(", ".join(map(str, row))) or "none"})')
+    return row[column]
+
+
+def documents_of(rows: Iterable[dict], where: str, category, clean=str) -> Iterator[tuple[int, str]]:
+    """(category, clean(text)) of every row. `category`: a number, or a function of (row, where) that may return None to leave
+    the row out. Raises ValueError naming `where` the rows are from."""
+    for row in rows:
+        number, text = category(row, where) if callable(category) else category, field(row, 'text', where)
+        if not isinstance(text, str | None):
+            raise ValueError(f"{where}: column 'text' holds {type(text).__name__}, not text")
+        if number is not None:
+            yield number, clean(text or '')
+
+
+def agnews_category(row: dict, where: str) -> int:
+    label = str(field(row, 'label', where))
+    if label not in ('0', '1', '2', '3'):
+        raise ValueError(f'{where}: label {label!r} is not 0 (World), 1 (Sports), 2 (Business) or 3 (Sci/Tech)')
+    return int(label)
+
+
+def slimpajama_category(row: dict, where: str) -> int | None:
+    meta = field(row, 'meta', where)
+    try:
+        meta = json.loads(meta) if isinstance(meta, str) else meta
+        category = meta['redpajama_set_name'].removeprefix('RedPajama')
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{where}: column 'meta' has no 'redpajama_set_name'") from None
+    users = SETS['slimpajama']['users']
+    return users.index(category) if category in users else None
+
+
+def clean_wiki40b(text: str) -> str:
+    """Without Wiki-40B's structure markers, which would make the Dutch user easy; rows may be printed bytes, b'...'."""
+    if text[:2] in ("b'", 'b"'):
+        try:
+            text = ast.literal_eval(text).decode()
+        except (ValueError, SyntaxError):
+            pass  # a text that merely begins like one
+    return re.sub(r'\s*_START_(ARTICLE|SECTION|PARAGRAPH)_\s*', '\n\n', text).replace('_NEWLINE_', '\n')
+
+
+def open_agnews(options: dict) -> tuple:
+    """Categories 0-3: train rows. 4, unless --alpha makes valid and test follow each user's topics: test rows, if any."""
+    rows, where = rows_of(options, 'train', 'train', 'train')
+    streams = [('train', documents_of(rows, where[0], agnews_category), range(4))]
+    source = options['source']
+    if options['alpha'] is None and (source is None or Path(source).is_dir() and find_files(Path(source), 'test')):
+        rows, more = rows_of(options, 'train', 'test', 'test')
+        streams += [('test', documents_of(rows, more[0], 4), (4,))]
+        where = list(dict.fromkeys(where + more))
+    return list(SETS['agnews']['users']), streams, where
+
+
+def open_multilingual(options: dict) -> tuple:
+    if options['source'] and not Path(options['source']).is_dir():
+        raise ValueError('multilingual needs a folder as --source, with files de.*, nl.*, fr.* and it.*')
+    streams, where = [], []
+    for i, user in enumerate(SETS['multilingual']['users'][:options['users'] if options['alpha'] is None else None]):
+        rows, names = rows_of(options, user, stem=user)
+        clean = clean_wiki40b if user == 'nl' else str
+        streams.append((user, documents_of(rows, names[0], i, clean), (i,)))
+        where += names
+    return list(SETS['multilingual']['users']), streams, where
+
+
+def open_slimpajama(options: dict) -> tuple:
+    rows, where = rows_of(options, 'train', stem='train')
+    return list(SETS['slimpajama']['users']), [('rows', documents_of(rows, where[0], slimpajama_category), range(4))], where
+
+
+def open_local(options: dict) -> tuple:
+    """One category per file or sub-folder of --source."""
+    streams, where = [], []
+    for i, path in enumerate(path for path in sorted(Path(options['source']).iterdir())
+                             if not path.name.startswith('.') and (path.is_dir() or path.name.endswith(FORMATS))):
+        files = find_files(path, None)
+        whole = path.is_dir() and sum(file.suffix == '.txt' for file in files) >= 10
+        rows = itertools.chain.from_iterable(map(file_rows, files, itertools.repeat(whole)))
+        name = path.name if path.is_dir() else re.sub(r'\.(jsonl(\.gz)?|csv|parquet|txt)$', '', path.name)
+        streams.append((name, documents_of(rows, path.name, i), (i,)))
+        where.append(path.name)
+    names = [name for name, _, _ in streams]
+    if not names or len(names) > len(set(names)):
+        raise ValueError(f'--source={options["source"]} needs one {", ".join(FORMATS)} or sub-folder per user, each of its own '
+                         f'name (found: {", ".join(where) or "none"})')
+    return names, streams, where
+
+
+def open_demo(options: dict) -> tuple:
+    from data.installed import demo_documents
+    users = demo_documents()
+    streams = [(name, zip(itertools.repeat(i), texts), (i,)) for i, (name, texts) in enumerate(users.items())]
+    return list(users), streams, ['text installed with Python and its packages']
+
+
+def open_base(options: dict) -> tuple:
+    from data.installed import base_documents, demo_documents
+    rows, where = rows_of(options, 'wikipedia')
+    streams = [('wikipedia', documents_of(rows, where[0], 0), (0,))]
+    installed = base_documents([text for texts in demo_documents().values() for text in texts])
+    streams += [(name, zip(itertools.repeat(i), texts), (i,)) for i, (name, texts) in enumerate(installed.items(), 1)]
+    return ['wikipedia', *installed], streams, [*where, 'text installed with Python and its packages']
+
+
+# ---- who gets how much of what --------------------------------------------------------------------------------------
+
+def sizes(options: dict, n_users: int) -> dict[str, list]:
+    """Per split and user: tokens (int) or, by default in local and base, a fraction (float) of the user's text."""
+    asked, base = {}, options['set'] == 'base'
+    for split, default in SETS[options['set']]['tokens'].items():
+        asked[split] = [default[i % len(default)] for i in range(n_users)]
+        given = options[f'{split}_tokens']
+        if given is None:
+            continue
+        try:
+            numbers = [int(n) for n in str(given).split(',')]
+        except ValueError:
+            raise ValueError(f'--{split}_tokens={given}: expected a number of tokens, or one per user with commas') from None
+        if len(numbers) not in (1, n_users) or min(numbers) < 2:
+            raise ValueError(f'--{split}_tokens={given}: expected one size, or {n_users} with commas, of 2 tokens or more')
+        if len(numbers) == 1:  # in base it is Wikipedia's: of the small installed texts everything is taken
+            numbers = numbers + asked[split][1:] if base else numbers * n_users
+        asked[split] = numbers
+    if base and not options['source'] and not options['train_tokens']:
+        asked['train'][0] = BASE_TOKENS
+    for split in ('valid', 'test'):
+        if base and isinstance(asked['train'][0], int) and options[f'{split}_tokens'] is None:
+            asked[split][0] = max(2, asked['train'][0] // 98)
+    return asked
+
+
+def make_shares(options: dict, n_users: int, n_categories: int, n_pools: int) -> dict[str, np.ndarray]:
+    """Per split (users, pools): the part of each category in each user's text, rows summing to 1."""
+    own = np.eye(n_users, n_pools)
+    if options['alpha'] is not None:
+        rng = np.random.default_rng((options['seed'], 1))
+        own[:, :n_categories] = rng.dirichlet([options['alpha']] * n_categories, n_users)
+    shares = dict.fromkeys(SPLITS, own)
+    if options['set'] == 'agnews' and options['alpha'] is None:  # the same mixture for everybody, out of test rows if any
+        mixture = np.eye(n_pools)[4] if n_pools == 5 else np.full(4, 1 / 4)
+        shares['valid'] = shares['test'] = np.tile(mixture, (n_users, 1))
+    return shares
+
+
+def wanted(asked: dict, shares: dict, category: int, total: float = np.inf) -> list[tuple]:
+    """Who wants text of a category: (user, split, tokens to reach, tokens to cut to), the small splits first."""
+    wants = []
+    for split in ('test', 'valid', 'train'):
+        ends = np.cumsum(shares[split], axis=1)
+        for user, n in enumerate(asked[split]):
+            share = shares[split][user, category]
+            if isinstance(n, float) and share > 0:
+                wants.append((user, split, n * total * share / shares[split][:, category].sum(), None))
+            elif limit := round(n * ends[user, category]) - round(n * (ends[user, category] - share)):
+                wants.append((user, split, limit + LEAD, limit + 4 * LEAD))  # so no piece is a separator only
+    return wants
+
+
+# ---- tokens ---------------------------------------------------------------------------------------------------------
+
+def encode(enc, texts: list[str]) -> list[np.ndarray]:
+    dtype = '<u4' if enc.n_vocab > 2**16 else '<u2'
+    return [np.array(ids, dtype) for ids in enc.encode_ordinary_batch(texts)]
+
+
+def fill(streams: list, names: list[str], asked: dict, shares: dict, enc, separator: str, max_chars: int | None) -> list:
+    """Per category its documents, each as tokens of separator + text: distinct ones, until all that is asked is there.
+
+    Memory: the tokens kept (2 bytes each), a batch of text and the shuffle buffer, however long the streams are.
+    Raises ValueError for a category without documents."""
+    wants = [wanted(asked, shares, category) for category in range(len(names))]
+    need = [sum(want for _, _, want, _ in some) for some in wants]  # inf where somebody takes a fraction
+    pools = [[] for _ in names]
+    tokens, longest, seen, n_cut = [0] * len(need), [0] * len(need), set(), 0
+
+    def enough(category):  # every split may waste the rest of a document
+        return tokens[category] >= need[category] + len(wants[category]) * longest[category]
+
+    def flush(batch):
+        for (category, _), ids in zip(batch, encode(enc, [text for _, text in batch])):
+            pools[category].append(ids)
+            tokens[category] += len(ids)
+            longest[category] = max(longest[category], len(ids))
+        batch.clear()
+
+    for label, documents, feeds in streams:
+        if all(map(enough, feeds)):
+            continue
+        batch, chars = [], 0
+        for category, text in tqdm(documents, desc=label, unit=' documents', disable=None):
+            if enough(category):
+                continue
+            text = text.strip().encode('utf-8', 'replace').decode()  # JSON may hold lone surrogates
+            n_cut += max_chars is not None and len(text) > max_chars
+            text = text[:max_chars].strip()
+            key = hashlib.blake2b(text.encode(), digest_size=16).digest()
+            if not text or key in seen:
+                continue
+            seen.add(key)
+            batch.append((category, separator + text))
+            chars += len(text)
+            if chars >= BATCH_CHARS:
+                flush(batch)
+                chars = 0
+                if all(map(enough, feeds)):
+                    break
+        flush(batch)
+    for name, pool, some in zip(names, pools, wants):
+        if some and not pool:
+            raise ValueError(f'there are no documents of {name}: nothing to prepare')
+    if n_cut:
+        print(f'{n_cut} documents longer than {max_chars:,} characters were cut there (--max_chars)')
+    return pools
+
+
+def deal(pools: list, asked: dict, shares: dict, seed: int) -> dict[tuple[int, str], list[np.ndarray]]:
+    """Deal every category's documents, in random order, each to the one split that has least of what it wants.
+
+    So if there is less text than asked, all splits shrink alike. Only the document that fills a split is cut, to its size."""
+    rng = np.random.default_rng((seed, 2))
+    parts = {(user, split): [] for split in SPLITS for user in range(len(asked[split]))}
+    for category, pool in enumerate(pools):
+        wants = wanted(asked, shares, category, sum(map(len, pool)))
+        got = [0] * len(wants)
+        waiting = [(0, k) for k in range(len(wants))]  # a heap of (tokens got / wanted, whose)
+        for i in rng.permutation(len(pool)) if wants else ():
+            _, k = heapq.heappop(waiting)
+            user, split, want, limit = wants[k]
+            ids = pool[i][:limit and limit - got[k]]
+            parts[user, split].append(ids)
+            got[k] += len(ids)
+            if got[k] < want:
+                heapq.heappush(waiting, (got[k] / want, k))
+            if not waiting:
+                break
+    for part in parts.values():
+        rng.shuffle(part)  # mixes the categories
+    return parts
+
+
+def streams_of(parts: dict, names: list[str], asked: dict, enc, separator: str) -> dict[tuple[int, str], tuple]:
+    """(tokens of separator.join(documents), number of documents), cut to the tokens asked. Raises ValueError if empty."""
+    streams = {}
+    for user, split in list(parts):
+        part = parts.pop((user, split))  # one copy of the tokens in memory
+        size = asked[split][user]
+        if part:  # 'ignore': a lone document may have been cut within a character
+            first = enc.decode_bytes(part[0].tolist()).decode('utf-8', 'ignore')[len(separator):]
+            part = encode(enc, [first]) + part[1:]
+        tokens = np.concatenate(part or [()])[:size if isinstance(size, int) else None]
+        if len(tokens) < 2:
+            raise ValueError(f'user {user} ({names[user]}) would have an empty {split} stream: there are too few documents')
+        ends = np.cumsum([len(ids) for ids in part])
+        streams[user, split] = tokens, int(np.searchsorted(ends, len(tokens))) + 1
+    return streams
+
+
+# ---- the folder -----------------------------------------------------------------------------------------------------
+
+def write(folder: Path, names: list[str], streams: dict, enc, meta: dict) -> dict:
+    """Write all streams and meta.json under a temporary name, then rename: what stands at `folder` is always complete."""
+    n_bytes = np.array([len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)])
+    partial, old = (folder.with_name(f'.{folder.name}.{state}') for state in ('partial', 'old'))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        users = [{'name': name, 'tokens': {}, 'documents': {}, 'bytes': {}, 'sha256': {}} for name in names]
+        for (i, split), (tokens, documents) in tqdm(streams.items(), desc='writing', unit=' streams', disable=None):
+            (partial / f'user{i}_{split}.bin').write_bytes(tokens.data)
+            users[i]['tokens'][split], users[i]['documents'][split] = len(tokens), documents
+            chunks = np.array_split(tokens, 1 + len(tokens) // 2**20)
+            users[i]['bytes'][split] = sum(int(n_bytes[chunk].sum()) for chunk in chunks)  # of text, for bits per byte
+            users[i]['sha256'][split] = hashlib.sha256(tokens.data).hexdigest()
+        meta = {**meta, 'dtype': tokens.dtype.str, 'vocab_size': enc.n_vocab, 'users': users}
+        (partial / 'meta.json').write_text(json.dumps(meta, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():  # --force, or an empty folder
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return meta
+
+
+def report(meta: dict, asked: dict, paper: dict | None) -> None:
+    """Print who has what, beside the paper's Table 3, and who has less than asked."""
+    width = max(len(user['name']) for user in meta['users'])
+    print(f'user  {"":{width}}  {"documents":>23}  {"tokens: train":>13} {"valid":>9} {"test":>9}'
+          + '   paper, Table 3 (GPT-2 tokens)' * bool(paper))
+    for i, user in enumerate(meta['users']):
+        documents = ' '.join(f'{user["documents"][split]:>7,}' for split in SPLITS)
+        tokens = '{:>13,} {:>9,} {:>9,}'.format(*(user['tokens'][split] for split in SPLITS))
+        table3 = ' / '.join(f'{paper[split][i % len(paper[split])]:,}' for split in SPLITS) if paper else ''
+        print(f'{i:>4}  {user["name"]:{width}}  {documents}  {tokens}   {table3}'.rstrip())
+    for i, user in enumerate(meta['users']):
+        short = [f'{split} {user["tokens"][split]:,} of {asked[split][i]:,}' for split in SPLITS
+                 if user['tokens'][split] < asked[split][i]]
+        if short:
+            print(f'user {i} ({user["name"]}) has fewer tokens than asked: {", ".join(short)}; there is no more text')
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+def one_line(message: object) -> str:
+    return ' '.join(str(message).split())[:500]
+
+
+def check(options: dict) -> Path:
+    """The folder to write. Raises ValueError for options that cannot work, before anything is read or written."""
+    source, name = options['source'], options['name']
+    if options['set'] == 'local' and not source or options['set'] == 'demo' and source:
+        raise ValueError('local needs --source=FOLDER' if not source else 'demo takes no --source: its text is installed')
+    if source is not None and not Path(source).exists():
+        raise ValueError(f'--source={source} does not exist')
+    if options['set'] == 'local' and not Path(source).is_dir():
+        raise ValueError(f'--source={source} is not a folder: local takes one file or sub-folder per user')
+    if not re.fullmatch(r'\w[\w.-]*', name):
+        raise ValueError(f'--name={name}: expected a plain folder name')
+    for option, least in (('users', 1), ('max_chars', 1), ('seed', 0)):
+        if options[option] is not None and options[option] < least:
+            raise ValueError(f'--{option}={options[option]}: expected {least} or more')
+    if options['alpha'] is not None and not 0 < options['alpha'] < np.inf:
+        raise ValueError(f'--alpha={options["alpha"]}: expected a positive number')
+    folder = Path(options['out_root']) / name
+    if (folder / 'meta.json').exists() and not options['force']:
+        raise ValueError(f'{folder} is already prepared: give --force to replace it, or another --name')
+    if folder.exists() and not (folder / 'meta.json').exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f'{folder} exists and is not a prepared data set: move it away, or give another --name')
+    return folder
+
+
+def prepare(options: dict) -> dict:
+    """Prepare one data set, print a report, return meta.json. Raises ValueError or OSError with a one-line message."""
+    folder, chosen = check(options), SETS[options['set']]
+    enc = encoding(options['tokenizer'])
+    categories, streams, where = OPEN[options['set']](options)
+    n_users = options['users'] or len(categories)
+    if n_users > len(categories) and options['alpha'] is None:
+        raise ValueError(f'--users={n_users}, but {options["set"]} has {len(categories)} categories: give --alpha, a Dirichlet '
+                         'concentration, to mix them')
+    asked = sizes(options, n_users)
+    pools = categories + ['test'] * (options['set'] == 'agnews' and len(streams) == 2)
+    shares = make_shares(options, n_users, len(categories), len(pools))
+    parts = deal(fill(streams, pools, asked, shares, enc, chosen['separator'], options['max_chars']),
+                 asked, shares, options['seed'])
+    names = categories[:n_users]
+    if options['alpha'] is not None:
+        names = [' + '.join(f'{share:.0%} {name}' for name, share in zip(categories, row) if share >= 0.05) or 'mixture'
+                 for row in shares['train']]
+    meta = {key: options[key] for key in ('name', 'tokenizer', 'seed')} | {'source': where, 'separator': chosen['separator']}
+    meta['options'] = options | {key: options[key] and Path(options[key]).name for key in ('source', 'out_root')}
+    meta = write(folder, names, streams_of(parts, names, asked, enc, chosen['separator']), enc, meta)
+    paper = 'users' in chosen and options['alpha'] is None
+    report(meta, asked, chosen['tokens'] if paper else None)
+    print(f'wrote {folder}')
+    return meta
+
+
+OPEN = {'agnews': open_agnews, 'multilingual': open_multilingual, 'slimpajama': open_slimpajama, 'local': open_local,
+        'demo': open_demo, 'base': open_base}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('set', choices=OPEN, metavar='NAME', help=' | '.join(OPEN))
+    add('--source', metavar='PATH', help='local file or folder with the columns of the Hub, instead of the Hub: '
+        'train.*, test.* (agnews), de.*, ... (multilingual), train.* (slimpajama); .jsonl, .jsonl.gz, .csv, .parquet')
+    add('--tokenizer', choices=('gpt2', 'bytes'), help='default gpt2; bytes in demo and base')
+    add('--name', help='folder name, default NAME')
+    add('--out_root', default=str(Path(__file__).resolve().parent), help='where the folder goes, default data/')
+    add('--seed', type=int, default=42)
+    add('--users', type=int, help='number of users, default: one per category')
+    for split in SPLITS:
+        add(f'--{split}_tokens', metavar='N', help='tokens per user, or one number per user: N,N,N,N')
+    add('--alpha', type=float, help='mix categories: every user gets Dirichlet(alpha) shares of them, in all splits')
+    add('--max_chars', type=int, help='cut longer documents, default 400000 in slimpajama, whose books are long')
+    add('--force', action='store_true', help='replace the data set if it exists, once the new one is complete')
+
+    def fail(message):
+        raise ValueError(f'{message} (see --help)')
+    parser.error = fail  # one line instead of argparse's usage
+    try:
+        options = vars(parser.parse_args(argv))
+        for option, default in (('tokenizer', SETS[options['set']]['tokenizer']), ('name', options['set']),
+                                ('max_chars', SETS[options['set']]['max_chars'])):
+            options[option] = default if options[option] is None else options[option]
+        prepare(options)
+    except (ValueError, OSError) as error:
+        print(f'prepare.py: {one_line(error)}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Token streams: the tokenizers, and reading what data/prepare.py wrote.
+
+A data set is a folder data/NAME with user{i}_{train,valid,test}.bin (flat little-endian uint16 or uint32 tokens) and
+meta.json. A split is one stream of tokens; a batch is windows of it (nanoGPT's layout)."""
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+
+SPLITS = ('train', 'valid', 'test')
+
+
+def encoding(name: str) -> tiktoken.Encoding:
+    """'gpt2': GPT-2's byte-pair encoding, 50257 tokens. 'bytes': one token per byte and <|endoftext|>, 257 tokens.
+
+    Raises ValueError for another name, OSError if GPT-2's files are neither cached nor reachable."""
+    if name == 'bytes':
+        return tiktoken.Encoding('bytes', pat_str=r'(?s).', mergeable_ranks={bytes([i]): i for i in range(256)},
+                                 special_tokens={'<|endoftext|>': 256})
+    if name != 'gpt2':
+        raise ValueError(f"unknown tokenizer {name!r}: expected 'gpt2' or 'bytes'")
+    try:
+        return tiktoken.get_encoding('gpt2')
+    except Exception as error:
+        raise OSError(f"GPT-2's vocabulary is neither cached nor reachable ({type(error).__name__}): connect once, or set "
+                      'TIKTOKEN_CACHE_DIR to a folder with tiktoken\'s two cached GPT-2 files, or use --tokenizer=bytes') from None
+
+
+def load_dataset(folder: str | Path, block_size: int, vocab_size: int, target: str = 'own') -> tuple[dict, list[dict]]:
+    """meta.json and, for every user, {'train': tokens, 'valid': tokens, 'test': tokens} as numpy arrays.
+
+    target 'own' keeps each user's own valid and test streams; 'mixture' gives user i the i-th of N equal pieces of every
+    user's valid (and test) stream, one after the other: tomorrow's topics, disjoint between users. Train never changes.
+    Raises ValueError, in one line, for anything missing, truncated, altered, too short or outside the vocabulary."""
+    folder = Path(folder)
+    try:
+        meta = json.loads((folder / 'meta.json').read_text())
+        dtype, users = np.dtype(meta['dtype']), meta['users']
+    except FileNotFoundError:
+        raise ValueError(f'no data set at {folder} (no meta.json): run python data/prepare.py {folder.name}') from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{folder}/meta.json cannot be read ({error}): prepare the data set again') from None
+    if not 0 <= vocab_size - meta['vocab_size'] < 128:  # bases pad their vocabulary, e.g. 50257 -> 50304
+        raise ValueError(f'{folder} has a vocabulary of {meta["vocab_size"]} tokens ({meta["tokenizer"]}), but the base model '
+                         f'has {vocab_size}: prepare with the other --tokenizer, or choose the other base with --init_from')
+    streams = [{split: load_stream(folder / f'user{i}_{split}.bin', dtype, user['tokens'][split], user['sha256'][split],
+                                   meta['vocab_size']) for split in SPLITS} for i, user in enumerate(users)]
+    if target == 'mixture':
+        mixed = [mixture(streams, i) for i in range(len(streams))]
+        streams = [{'train': own['train'], **mix} for own, mix in zip(streams, mixed)]
+    for i, user in enumerate(streams):
+        for split in SPLITS:
+            if len(user[split]) < block_size + 1:
+                raise ValueError(f'user {i} has {len(user[split])} {split} tokens, but a window of block_size {block_size} '
+                                 f'needs {block_size + 1}: prepare more text or lower --block_size')
+    return meta, streams
+
+
+def load_stream(file: Path, dtype: np.dtype, n_tokens: int, sha256: str, vocab_size: int) -> np.ndarray:
+    """One split, checked against meta.json. Raises ValueError naming the file."""
+    if not file.exists():
+        raise ValueError(f'{file} is missing: prepare the data set again')
+    raw = file.read_bytes()
+    if len(raw) != n_tokens * dtype.itemsize:
+        raise ValueError(f'{file} has {len(raw)} bytes, but meta.json says {n_tokens} tokens of {dtype.itemsize}: '
+                         'truncated or overwritten, prepare the data set again')
+    tokens = np.frombuffer(raw, dtype)
+    if n_tokens and tokens.max() >= vocab_size:
+        raise ValueError(f'{file} holds token {tokens.max()}, outside the vocabulary of {vocab_size}: prepare it again')
+    if hashlib.sha256(raw).hexdigest() != sha256:
+        raise ValueError(f'{file} is not the file that meta.json describes (SHA-256 differs): prepare the data set again')
+    return tokens
+
+
+def mixture(streams: list[dict], i: int) -> dict:
+    """User i's share of everybody's valid and test text: piece i of N of each stream, pieces of equal length."""
+    mixed = {}
+    for split in ('valid', 'test'):
+        size = min(len(user[split]) for user in streams) // len(streams)
+        mixed[split] = np.concatenate([user[split][i * size:(i + 1) * size] for user in streams])
+    return mixed
+
+
+def get_batch(tokens: np.ndarray, batch_size: int, block_size: int, key: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows at uniformly random starts, with replacement: x, y (batch_size, block_size) int64, y one token later.
+
+    The starts depend on `key` alone, a tuple of ints such as (seed, user, stream, i): batch i of a user is the same
+    whoever else takes part, and a resumed run needs no generator state (METHOD: batches)."""
+    starts = np.random.default_rng(key).integers(0, len(tokens) - block_size, batch_size)  # (B,)
+    windows = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)         # (B, T + 1)
+    windows = torch.from_numpy(windows)
+    return windows[:, :-1], windows[:, 1:]

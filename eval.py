@@ -1,0 +1,195 @@
+"""Perplexity and routing of a finished or running run (METHOD 0.3), from its files.
+
+    python eval.py out/demo                                      # one run: test, valid, generalist alone, routing per layer
+    python eval.py out/demo --target=mixture                     # the same users on other text
+    python eval.py out/a out/b out/c --target=own,mixture        # several runs: one table of test perplexities
+
+The report of one run is also written to RUN/eval.json. Nothing is drawn at random and nothing of the run is changed."""
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+from configurator import die
+from data.stream import load_dataset
+from lora_moe import add_lora, roles
+from model import GPT, load_gpt
+
+
+@torch.no_grad()
+def evaluate(model: GPT, tokens: np.ndarray, block_size: int) -> dict:
+    """Mean cross-entropy of a whole stream and how its tokens were routed.
+
+    Every token but the first is predicted once, in non-overlapping windows of block_size (the last may be shorter), so no
+    sampling. Returns loss (nats per token, without load balancing), ppl = exp(loss), tokens, and for a model with routers
+    scores (L, E): mean softmax score of every expert in every layer, top1 (L, E): share of tokens whose best it is."""
+    device, vocab_size = model.wte.weight.device, model.config.vocab_size
+    n = len(tokens) - 1
+    stream = torch.from_numpy(np.asarray(tokens).astype(np.int64))
+    whole = n // block_size * block_size
+    x, y = stream[:whole].view(-1, block_size), stream[1:whole + 1].view(-1, block_size)      # (windows, T) each
+    rows = min(32, max(1, 2 ** 26 // (block_size * vocab_size)))    # windows at a time: logits stay below 256 MiB
+    batches = [*zip(x.split(rows), y.split(rows))] if whole else []
+    if whole < n:
+        batches.append((stream[None, whole:n], stream[None, whole + 1:]))
+    total, scores, top1 = 0.0, None, None
+    for x, y in batches:
+        loss, routing = model.loss(x.to(device), y.to(device))
+        total += loss.item() * y.numel()
+        if routing[0] is not None:
+            E = routing[0].probs.shape[1]
+            seen = torch.stack([r.probs.sum(0) for r in routing]).double().cpu()                              # (L, E)
+            best = torch.stack([r.chosen[:, 0].bincount(minlength=E) for r in routing]).double().cpu()        # (L, E)
+            scores, top1 = (seen, best) if scores is None else (scores + seen, top1 + best)
+    return {'loss': total / n, 'ppl': math.exp(total / n), 'tokens': n,
+            'scores': None if scores is None else (scores / n).tolist(), 'top1': None if top1 is None else (top1 / n).tolist()}
+
+
+def fingerprint(model: GPT) -> str:
+    """SHA-256 over all weights: which base an adapter belongs to."""
+    digest = hashlib.sha256()
+    for name, p in sorted(model.state_dict().items()):
+        digest.update(name.encode() + p.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def table(header: list, rows: list[list]) -> str:
+    """A text table; floats with three decimals, the first column to the left."""
+    cells = [[f'{c:.3f}' if isinstance(c, float) else '-' if c is None else str(c) for c in row] for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ['  '.join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in cells]
+    return '\n'.join([lines[0], '-' * len(lines[0]), *lines[1:]])
+
+
+def read_run(run: Path) -> tuple[dict, list[dict], dict]:
+    """(config, every user's tensors, the server's tensors) of a run. A finished run has adapters/, a running one its
+    checkpoint. Raises ValueError or OSError naming what is missing; never executes code from a file."""
+    try:
+        config = json.loads((run / 'config.json').read_text())
+    except FileNotFoundError:
+        raise ValueError(f'{run} is no run: it has no config.json') from None
+    if (run / 'summary.json').exists():
+        files = [run / 'adapters' / f'user{i}.safetensors' for i in range(len(config['users']))]
+        users = [read_adapter(file) for file in files]
+        server_file = run / 'adapters' / 'server.safetensors'
+        return config, users, read_adapter(server_file) if server_file.exists() else {}
+    if not (run / 'checkpoint.pt').exists():
+        raise ValueError(f'{run} has no finished round yet: wait for its first checkpoint')
+    try:
+        state = torch.load(run / 'checkpoint.pt', map_location='cpu', weights_only=True)
+        return config, [user['adapter'] for user in state['users']], state['server']
+    except Exception as error:
+        raise ValueError(f'{run}/checkpoint.pt cannot be read ({type(error).__name__})') from None
+
+
+def read_adapter(file: Path) -> dict:
+    try:
+        with safe_open(file, framework='pt') as f:
+            return {name: f.get_tensor(name) for name in f.keys()}
+    except Exception as error:
+        raise ValueError(f'{file} cannot be read: {error}') from None
+
+
+def rebuild(base: GPT, tensors: dict, n_experts: int, n_generalists: int, rank: int, config: dict, routed: bool) -> GPT:
+    """base with LoRA around it, filled with saved tensors; names that are not there stay at zero, as B does."""
+    model = add_lora(base, n_experts, n_generalists, rank, config['lora_alpha'], config['top_k'], routed)
+    own = {name: p for name, p in model.named_parameters() if name in roles(model)}
+    if tensors.keys() - own.keys():
+        raise ValueError(f'the adapter has tensors that its configuration does not name: {sorted(tensors.keys() - own.keys())[:3]}')
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(tensors[name]) if name in tensors else p.zero_()
+    return model.requires_grad_(False)
+
+
+def models_of(run: Path, base: GPT) -> tuple[dict, list[GPT], GPT | None]:
+    """(config, every user's model, the generalist alone or None). The generalist alone is the server's tensors and no more:
+    what a newcomer without data, specialist or router gets."""
+    config, users, server = read_run(run)
+    entry = {name: v if isinstance(v, list) else [v] * len(users) for name, v in config.items()}
+    models = [rebuild(base, tensors, entry['n_experts'][i], config['n_generalists'], entry['lora_rank'][i], config,
+                      config['router'] != 'mean') for i, tensors in enumerate(users)]
+    generalist = None
+    if server and config['n_generalists']:
+        generalist = rebuild(base, server, config['n_generalists'], config['n_generalists'], entry['lora_rank'][0], config, False)
+    return config, models, generalist
+
+
+def mean(values: list) -> float | None:
+    return None if None in values else float(np.mean(values))
+
+
+def report_one(run: Path, config: dict, models: list, generalist: GPT | None, streams: list, target: str) -> None:
+    """Prints the tables of one run and writes RUN/eval.json."""
+    T, users = config['block_size'], []
+    for name, model, data in tqdm([*zip(config['users'], models, streams)], desc=str(run), disable=None, leave=False):
+        result = evaluate(model, data['test'], T)
+        users.append({'name': name, 'test_ppl': result['ppl'], 'valid_ppl': evaluate(model, data['valid'], T)['ppl'],
+                      'generalist_test_ppl': evaluate(generalist, data['test'], T)['ppl'] if generalist else None,
+                      'test_tokens': result['tokens'], 'scores': result['scores'], 'top1': result['top1']})
+    columns = ('test_ppl', 'valid_ppl', 'generalist_test_ppl')
+    means = {f'mean_{c}': mean([u[c] for u in users]) for c in columns}
+    rows = [[u['name'], *(u[c] for c in columns)] for u in users] + [['mean', *means.values()]]
+    print(f'{run}: {config["method"]} on {config["dataset"]} ({target}), perplexity')
+    print(table(['user', 'test', 'valid', 'generalist alone, test'], rows))
+    for key, title in (('scores', 'mean softmax score'), ('top1', 'share of tokens whose top-1 it is')):
+        if any(u[key] for u in users):
+            print(f'\n{title} per layer and expert, test (expert 0 first; generalists: {config["n_generalists"]})')
+            print(table(['layer', *(u['name'] for u in users)],
+                        [[layer, *(' '.join(f'{s:.2f}' for s in u[key][layer]) if u[key] else '-' for u in users)]
+                         for layer in range(models[0].config.n_layer)]))
+    (run / 'eval.json').write_text(json.dumps(
+        {'method': config['method'], 'dataset': config['dataset'], 'target': target, **means, 'users': users}, indent=1))
+    print(f'\nwrote {run}/eval.json')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('runs', nargs='+', type=Path, metavar='RUN', help='folder of a run (its --out_dir)')
+    parser.add_argument('--target', help="own, mixture, or both: own,mixture (default: the run's own)")
+    parser.add_argument('--init_from', help="the base model, if it is no longer where the run's configuration says")
+    parser.add_argument('--device', help='cpu, cuda, cuda:N, mps (default: as the run)')
+    args = parser.parse_args()
+    try:
+        first = read_run(args.runs[0])[0]
+        targets = (args.target or first['target']).split(',')
+        if not set(targets) <= {'own', 'mixture'} or (len(args.runs) == 1 and len(targets) > 1):
+            die(f'--target={args.target}: expected own or mixture; both, with a comma, only for a table of several runs')
+        source = args.init_from or first['init_from']
+        base = load_gpt(source).to(args.device or first['device'])
+        if fingerprint(base) != first['base_sha256']:
+            die(f'{source} is not the base that {args.runs[0]} was trained on (SHA-256 differs)')
+        loaded = {run: models_of(run, base) for run in args.runs}
+        data = {(run, t): load_dataset(Path('data', config['dataset']), config['block_size'], base.config.vocab_size, t)[1]
+                for run, (config, *_) in loaded.items() for t in targets}
+        for run, (config, *_) in loaded.items():
+            if (config['base_sha256'], config['users']) != (first['base_sha256'], first['users']):
+                die(f'{run} has another base or other users than {args.runs[0]}: a table needs the same')
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        die(error)
+    autocast = torch.autocast(torch.device(first['device']).type, torch.bfloat16)
+    with autocast if first['dtype'] == 'bfloat16' else contextlib.nullcontext():
+        if len(args.runs) == 1:
+            report_one(args.runs[0], *loaded[args.runs[0]], data[args.runs[0], targets[0]], targets[0])
+            return
+        rows = []
+        jobs = [('base model, untrained', args.runs[0], first, [base] * len(first['users']))]
+        jobs += [(run.name, run, config, models) for run, (config, models, _) in loaded.items()]
+        for label, run, config, models in tqdm(jobs, desc='test perplexity', disable=None, leave=False):
+            row = [label]
+            for t in targets:
+                ppl = [evaluate(m, d['test'], config['block_size'])['ppl'] for m, d in zip(models, data[run, t])]
+                row += [*ppl, mean(ppl)]
+            rows.append(row)
+    print(table(['test perplexity', *(f'{t}: {name}' for t in targets for name in [*first['users'], 'mean'])], rows))
+
+
+if __name__ == '__main__':
+    main()

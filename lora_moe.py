@@ -1,0 +1,203 @@
+"""LoRA, the router and the mixture of LoRA experts: everything trainable in CoMiGS.
+
+                      one MLP block of a user, token x = LN2(residual), E experts, the K best of them run
+
+     x (N, C) ──┬─────────────► F, b_F  frozen ─────────────► h (N, 4C)      once per token, for all experts
+                │                                             │
+                ├─► router Φ (E, C) ─► logits ─► top K ─► softmax ─► w (N, K),  Σ w = 1
+                │                                             │
+                └─► expert j:  h_j = h + γ B¹_j A¹_j x        │  A¹ (r, C)   B¹ (4C, r)   expert 0: generalist, shared
+                               a_j = w_j · gelu(h_j)     (N, 4C)             expert 1, 2, ...: specialists, never leave
+                               d_j = γ B²_j A²_j a_j     (N, C)  A² (r, 4C)  B² (C, r)
+                                                              │
+     y (N, C) ◄──── P, b_P  frozen ◄──── Σ a_j ───── + ── Σ d_j              once per token, for all experts
+
+This equals Σ_j w_j MLP_j(x), where expert j is the whole MLP with its own LoRA on both linears, because F x is common to
+all experts and P is linear (METHOD 1.1; tests/test_lora_moe.py compares output and gradients with the plain sum).
+
+Shapes: N = B*T tokens, C = n_embd, E experts, K = min(top_k, E) active experts, r LoRA rank, L layers.
+The names of the tensors tell their roles, and with them what may leave a device:
+
+    h.{l}.attn.{c_attn,c_proj}.lora.{A,B}             attention   leaves if share_attention
+    h.{l}.mlp.generalists.{j}.{c_fc,c_proj}.{A,B}     generalist  leaves
+    h.{l}.mlp.specialists.{j}.{c_fc,c_proj}.{A,B}     specialist  never leaves
+    h.{l}.mlp.router.weight                           router      never leaves
+"""
+import copy
+import hashlib
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import GPT, MLP
+
+
+class LoRA(nn.Module):
+    """γ B A x with A (r, in), B (out, r), γ = alpha / sqrt(r): the rank-stabilised scaling of Kalajdzievski 2023, paper
+    eq. (5). Plain LoRA has alpha / r, whose updates shrink as the rank grows."""
+
+    def __init__(self, n_in: int, n_out: int, rank: int, alpha: float):
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(rank, n_in))
+        self.B = nn.Parameter(torch.zeros(n_out, rank))
+        self.scaling = alpha / math.sqrt(rank)
+
+    def add_to(self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | float = 1.0) -> torch.Tensor:
+        """y + weight γ B A x for x (N, in), y (N, out), weight (N, 1) or a number. The scalars go on the narrow r columns
+        and the sum into the second product: no pass over (N, out) of its own."""
+        low = F.linear(x, self.A) * (weight * self.scaling)         # (N, r)
+        return torch.addmm(y, low.to(y.dtype), self.B.t().to(y.dtype))
+
+    def extra_repr(self) -> str:
+        return f'rank={self.A.shape[0]}, scaling={self.scaling:.3f}'
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear and its LoRA. Never merged: the frozen weight is shared by all users."""
+
+    def __init__(self, frozen: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        self.frozen = frozen
+        self.lora = LoRA(frozen.in_features, frozen.out_features, rank, alpha)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.frozen(x)                                          # (B, T, out)
+        return self.lora.add_to(y.flatten(0, 1), x.flatten(0, 1)).view(y.shape)
+
+
+class Expert(nn.Module):
+    """The part of an expert that is its own: a LoRA on c_fc and one on c_proj. The frozen MLP belongs to the mixture."""
+
+    def __init__(self, mlp: MLP, rank: int, alpha: float):
+        super().__init__()
+        self.c_fc = LoRA(mlp.c_fc.in_features, mlp.c_fc.out_features, rank, alpha)
+        self.c_proj = LoRA(mlp.c_proj.in_features, mlp.c_proj.out_features, rank, alpha)
+
+
+class Routing(NamedTuple):
+    """What one layer's router decided: the numbers behind load balancing (1.3) and the routing shares (Fig. 4)."""
+    probs: torch.Tensor    # (N, E) softmax over all experts' logits, float32
+    chosen: torch.Tensor   # (N, K) the experts that ran, best first
+    weights: torch.Tensor  # (N, K) their weights
+
+
+class LoRAMoE(nn.Module):
+    """An MLP block as a token-routed mixture of LoRA experts; generalists first, then specialists."""
+
+    def __init__(self, mlp: MLP, n_experts: int, n_generalists: int, rank: int, alpha: float, top_k: int, routed: bool):
+        super().__init__()
+        self.c_fc, self.c_proj = mlp.c_fc, mlp.c_proj               # frozen, one copy for all experts of all users
+        self.generalists = nn.ModuleList([Expert(mlp, rank, alpha) for _ in range(n_generalists)])
+        self.specialists = nn.ModuleList([Expert(mlp, rank, alpha) for _ in range(n_experts - n_generalists)])
+        self.top_k = min(top_k, n_experts)
+        # one expert needs no router; without one (router='mean') all experts count alike
+        self.router = nn.Linear(self.c_fc.in_features, n_experts, bias=False) if routed and n_experts > 1 else None
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Routing | None]:
+        shape, x = x.shape, x.flatten(0, 1)                         # (B, T, C), (N, C)
+        experts = [*self.generalists, *self.specialists]
+        routing = None if self.router is None else self.route(x)
+        h = self.c_fc(x)                                            # (N, 4C) the one frozen product of c_fc
+
+        if routing is None or self.top_k == len(experts):           # every token meets every expert
+            mixed, delta = 0, h.new_zeros(x.shape)
+            for j, expert in enumerate(experts):
+                w = 1 / len(experts) if routing is None else routing.probs[:, j, None].to(h.dtype)            # (N, 1)
+                a = F.gelu(expert.c_fc.add_to(h, x), approximate='tanh')                                      # (N, 4C)
+                mixed = mixed + w * a if routing is None or j == 0 else torch.addcmul(mixed, w, a)
+                delta = expert.c_proj.add_to(delta, a, w)                                                     # (N, C)
+        else:                                                       # an expert sees only the tokens that chose it
+            mixed, delta = torch.zeros_like(h), h.new_zeros(x.shape)
+            for j, expert in enumerate(experts):
+                token, slot = (routing.chosen == j).nonzero(as_tuple=True)                                    # (N_j,) each
+                w = routing.weights[token, slot, None].to(h.dtype)                                            # (N_j, 1)
+                a = F.gelu(expert.c_fc.add_to(h.index_select(0, token), x.index_select(0, token)), approximate='tanh')
+                mixed.index_add_(0, token, w * a)
+                delta.index_add_(0, token, expert.c_proj.add_to(delta.new_zeros(len(token), x.shape[1]), a, w))
+
+        if routing is not None and self.top_k == 1:                 # a lone top-1 weight is below 1: b_P is scaled too
+            y = F.linear(mixed, self.c_proj.weight) + routing.weights.to(h.dtype) * self.c_proj.bias
+        else:
+            y = self.c_proj(mixed)                                  # (N, C) the one frozen product of c_proj
+        return (y + delta).view(shape), routing
+
+    def route(self, x: torch.Tensor) -> Routing:
+        """x (N, C) -> which K experts run for each token, and with what weight (METHOD 1.1)."""
+        with torch.autocast(x.device.type, enabled=False):          # float32: bf16 rounding flips near-ties
+            logits = F.linear(x.float(), self.router.weight)        # (N, E)
+        probs = logits.softmax(-1)                                  # (N, E)
+        best, chosen = logits.topk(self.top_k)                      # (N, K), (N, K)
+        weights = probs.gather(1, chosen) if self.top_k == 1 else best.softmax(-1)
+        return Routing(probs, chosen, weights)
+
+
+def load_balance_loss(routing: list[Routing | None], kind: str) -> torch.Tensor | float:
+    """Load balancing, averaged over the layers (METHOD 1.3), unitless. From the very logits that routed the tokens.
+
+    f_j: share of the tokens that chose expert j (Σ f = K), a constant; P_j: mean probability, which the gradient goes
+    through. 'uniform':    E Σ_j f_j/K P_j                                       Switch Transformer eq. (4), top-K form
+             'generalist': (f_0 P_0 + (E-1) Σ_{j>0} f_j P_j) / ((E-1)² + 1)      paper eq. (6), favours expert 0
+             'none':       0
+    With E = K = 2 both are constant, and so is their gradient: 0. Layers without a router contribute 0."""
+    if kind == 'none' or routing[0] is None:
+        return 0.0
+    total = 0.0
+    for probs, chosen, _ in routing:
+        E, K = probs.shape[1], chosen.shape[1]
+        f = F.one_hot(chosen, E).sum(1).float().mean(0)             # (E,)
+        P = probs.mean(0)                                           # (E,)
+        if kind == 'uniform':
+            total = total + E * (f / K * P).sum()
+        else:
+            total = total + (f[0] * P[0] + (E - 1) * (f[1:] * P[1:]).sum()) / ((E - 1) ** 2 + 1)
+    return total / len(routing)
+
+
+def add_lora(base: GPT, n_experts: int, n_generalists: int, rank: int, alpha: float = 16, top_k: int = 2,
+             routed: bool = True, attention_rank: int = 8) -> GPT:
+    """A user's model: `base`'s own frozen weights, shared and not copied, under this user's LoRA and routers.
+
+    The new A and router tensors are uninitialised: `initial` fills them. Raises ValueError if the experts are too few."""
+    if not 0 <= n_generalists <= n_experts or n_experts < 1:
+        raise ValueError(f'n_experts={n_experts}, n_generalists={n_generalists}: a user needs at least one expert, and '
+                         'n_generalists of them (0 or more) are generalists')
+    base.requires_grad_(False)
+    model = copy.deepcopy(base, {id(p): p for p in base.parameters()})  # new modules around the same parameters
+    for block in model.h:
+        block.attn.c_attn = LoRALinear(block.attn.c_attn, attention_rank, alpha)
+        block.attn.c_proj = LoRALinear(block.attn.c_proj, attention_rank, alpha)
+        block.mlp = LoRAMoE(block.mlp, n_experts, n_generalists, rank, alpha, top_k, routed)
+    return model.to(base.wte.weight.device)
+
+
+def roles(model: GPT) -> dict[str, str]:
+    """{name: 'attention' | 'generalist' | 'specialist' | 'router'} of every tensor that is the user's, decided by the
+    module that owns it. All other parameters are the frozen base's."""
+    role_of = {}
+    for module in model.modules():
+        owned = {}
+        if isinstance(module, LoRALinear):
+            owned = {'attention': module.lora}
+        elif isinstance(module, LoRAMoE):
+            owned = {'generalist': module.generalists, 'specialist': module.specialists, 'router': module.router}
+        for role, owner in owned.items():
+            if owner is not None:
+                role_of.update({id(p): role for p in owner.parameters()})
+    return {name: role_of[id(p)] for name, p in model.named_parameters() if id(p) in role_of}
+
+
+def initial(name: str, shape: tuple, *key: object) -> torch.Tensor:
+    """The first value of a user's tensor (METHOD 1.1): A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0, router ~ N(0, 0.02²).
+
+    Depends on (key, name) alone, so no user's start depends on who else takes part. key: e.g. (seed, 'user', 3)."""
+    digest = hashlib.sha256(repr((*key, name)).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], 'big'))
+    if name.endswith('.B'):
+        return torch.zeros(shape)
+    if name.endswith('.A'):
+        bound = 1 / math.sqrt(shape[1])                             # kaiming_uniform with a = sqrt(5), as in LoRA's code
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return torch.empty(shape).normal_(0, 0.02, generator=generator)

@@ -1,0 +1,242 @@
+"""GPT-2 in one file: the frozen base that all users share.
+
+Follows the released GPT-2 exactly: learned positions, pre-LayerNorm, tanh-GELU, head tied to the token embedding
+(Radford et al. 2019; Hugging Face's GPT2LMHeadModel is the oracle in tests/test_model.py). No dropout: the base is
+never trained by the method, and pretrain.py does not need it. This file knows nothing of users or LoRA; lora_moe.py
+replaces `nn.Linear` and `MLP` modules inside a finished model. The one trace of that here: an MLP returns a pair
+(output, routing), so that what a mixture decided reaches the caller as a value and not through a global.
+
+Shapes: B sequences, T tokens per sequence, C = n_embd, V = vocab_size, H = n_head.
+"""
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+HUB = {'gpt2': 'openai-community/gpt2', 'gpt2-medium': 'openai-community/gpt2-medium',
+       'gpt2-large': 'openai-community/gpt2-large', 'gpt2-xl': 'openai-community/gpt2-xl'}
+TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')  # Conv1D on the Hub
+
+
+@dataclass
+class GPTConfig:
+    """Names and defaults are those of the Hub's config.json; the defaults are GPT-2 124M."""
+    vocab_size: int = 50257
+    n_positions: int = 1024         # longest sequence, tokens
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    layer_norm_epsilon: float = 1e-5
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)   # query, key and value in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, C/H) each
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, C/H)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))       # (B, T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate='tanh')), None  # (B, T, C); one MLP, nothing to route
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor) -> tuple:
+        x = x + self.attn(self.ln_1(x))         # (B, T, C)
+        y, routing = self.mlp(self.ln_2(x))     # (B, T, C)
+        return x + y, routing
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)   # also the output head, transposed
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        for name, p in self.named_parameters():                     # GPT-2's initialisation
+            if name.endswith('bias'):
+                nn.init.zeros_(p)
+            elif 'ln_' not in name:                                 # residual projections are scaled by depth
+                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * config.n_layer) if 'c_proj' in name else 1))
+
+    def hidden(self, idx: torch.Tensor) -> tuple[torch.Tensor, list]:
+        """Last hidden states and what each layer's MLP says of its routing (None for a plain MLP).
+
+        idx (B, T) int64, T <= n_positions, else ValueError -> (B, T, C), list of n_layer."""
+        if idx.shape[1] > self.config.n_positions:
+            raise ValueError(f'a sequence of {idx.shape[1]} tokens, but this GPT-2 has {self.config.n_positions} positions')
+        x = self.wte(idx) + self.wpe.weight[:idx.shape[1]]          # (B, T, C)
+        routing = []
+        for block in self.h:
+            x, decided = block(x)
+            routing.append(decided)
+        return self.ln_f(x), routing
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.wte.weight)                         # (..., C) -> (..., V)
+
+    def forward(self, idx: torch.Tensor) -> tuple[torch.Tensor, list]:
+        """idx (B, T) -> logits (B, T, V), routing of every layer."""
+        x, routing = self.hidden(idx)
+        return self.head(x), routing
+
+    def loss(self, idx: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, list]:
+        """Mean cross-entropy in nats per token, without any auxiliary term; routing of every layer.
+
+        idx, targets (B, T); targets are idx one position later."""
+        logits, routing = self(idx)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()), routing
+
+    @torch.no_grad()
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
+                 seed: int | None = None) -> torch.Tensor:
+        """Continues idx (B, T), T >= 1, by max_new_tokens sampled tokens -> (B, T + max_new_tokens).
+
+        temperature 0 takes the likeliest token; top_k keeps the k likeliest; the seed fixes the sample. The context is
+        the last n_positions tokens. Raises ValueError on an empty prompt or a senseless temperature or top_k."""
+        if idx.shape[1] < 1:
+            raise ValueError('the prompt is empty: generate needs at least one token')
+        if temperature < 0 or (top_k is not None and top_k < 1):
+            raise ValueError(f'temperature {temperature} must be >= 0 and top_k {top_k} >= 1')
+        generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+        for _ in range(max_new_tokens):
+            x, _ = self.hidden(idx[:, -self.config.n_positions:])
+            logits = self.head(x[:, -1]).float()                    # (B, V)
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)               # (B, 1)
+            else:
+                logits = logits / temperature
+                if top_k is not None:
+                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, -torch.inf)
+                new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            idx = torch.cat((idx, new), dim=1)
+        return idx
+
+
+def load_gpt(source: str) -> GPT:
+    """A GPT-2 in float32 on the CPU, from one of
+
+    - a name in HUB: the Hub's safetensors, downloaded or from its cache (HF_HOME and HF_HUB_OFFLINE are honoured);
+    - a folder in the Hub's format: config.json and *.safetensors, or pytorch_model.bin;
+    - a .safetensors file written by save_gpt (our own format), or one of the Hub's with config.json beside it.
+
+    Raises ValueError or OSError with one line that says what is wrong. Never executes code from a file."""
+    if source in HUB:
+        files, config_file = download(HUB[source])
+    else:
+        path = Path(source)
+        if not path.exists():
+            raise ValueError(f'no base model at {source!r}: give a file, a folder, or one of {", ".join(HUB)}')
+        if path.is_dir():
+            files = sorted(path.glob('*.safetensors')) or sorted(path.glob('pytorch_model*.bin'))
+            if not files:
+                raise ValueError(f'{path} holds neither *.safetensors nor pytorch_model.bin')
+        else:
+            files = [path]
+        config_file = files[0].parent / 'config.json'
+
+    tensors, own_config = {}, None
+    for file in files:
+        found, metadata = read_tensors(file)
+        tensors.update(found)
+        own_config = metadata.get('gpt_config', own_config)
+    if own_config:
+        config = GPTConfig(**json.loads(own_config))
+    else:
+        config = hub_config(config_file)
+        tensors = from_hub(tensors)
+
+    with torch.device('meta'):
+        model = GPT(config)
+    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    given = {name: tuple(t.shape) for name, t in tensors.items()}
+    wrong = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
+    if wrong:
+        raise ValueError(f'{source} is not the GPT-2 that its config describes: {len(wrong)} tensors differ, first {wrong[0]}: '
+                         f'expected {expected.get(wrong[0], "nothing")}, found {given.get(wrong[0], "nothing")}')
+    model.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
+    return model
+
+
+def download(repo: str) -> tuple[list[Path], Path]:
+    """The weights and the config of a Hub repository, as local paths. Raises OSError if the Hub cannot be reached."""
+    from huggingface_hub import hf_hub_download
+    try:
+        return [Path(hf_hub_download(repo, 'model.safetensors'))], Path(hf_hub_download(repo, 'config.json'))
+    except Exception as error:  # the client raises many kinds, all meaning: not there
+        raise OSError(f'cannot get {repo} from the Hugging Face Hub ({type(error).__name__}): connect once, or copy its '
+                      'config.json and model.safetensors into a folder and give that folder as --init_from') from None
+
+
+def read_tensors(file: Path) -> tuple[dict, dict]:
+    """({name: tensor}, metadata) of a .safetensors or a pickled file of plain tensors. Raises ValueError if unreadable."""
+    from safetensors import safe_open
+    try:
+        if file.suffix == '.bin':
+            return torch.load(file, map_location='cpu', weights_only=True), {}
+        with safe_open(file, framework='pt') as f:
+            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+    except Exception as error:
+        raise ValueError(f'{file} cannot be read as model weights: {" ".join(str(error).split())[:150]}') from None
+
+
+def hub_config(file: Path) -> GPTConfig:
+    """config.json of the Hub -> GPTConfig. Raises ValueError if it is missing or describes another model than GPT-2."""
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f'no readable config.json beside the weights ({error})') from None
+    if config.get('model_type') != 'gpt2':
+        raise ValueError(f'{file} describes a {config.get("model_type")!r} model, but the base must be a gpt2')
+    fixed = {'activation_function': 'gelu_new', 'n_inner': None, 'scale_attn_weights': True, 'tie_word_embeddings': True,
+             'scale_attn_by_inverse_layer_idx': False}
+    for key, value in fixed.items():
+        if config.get(key, value) != value and not (key == 'n_inner' and config[key] == 4 * config['n_embd']):
+            raise ValueError(f'{file}: {key}={config[key]!r} is not GPT-2 as released ({value!r})')
+    return GPTConfig(**{f.name: config.get(f.name, f.default) for f in fields(GPTConfig)})
+
+
+def from_hub(tensors: dict) -> dict:
+    """The Hub's names and layouts -> ours: no prefix, no causal-mask buffers, no copy of the tied head, Linear (out, in)."""
+    ours = {}
+    for name, t in tensors.items():
+        name = name.removeprefix('transformer.')
+        if not name.endswith(('.attn.bias', '.attn.masked_bias')) and name != 'lm_head.weight':
+            ours[name] = t.t().contiguous() if name.endswith(TRANSPOSED) else t
+    return ours
+
+
+def save_gpt(model: GPT, file: str | Path, dtype: torch.dtype = torch.float32, **notes: str) -> None:
+    """Writes our own format: one .safetensors with the configuration, and any notes, in its metadata."""
+    from safetensors.torch import save_file
+    save_file({name: p.detach().to(dtype).contiguous() for name, p in model.state_dict().items()}, file,
+              metadata={'gpt_config': json.dumps(asdict(model.config)), **notes})

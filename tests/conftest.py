@@ -1,0 +1,77 @@
+"""A tiny base and a tiny data set, written in the project's own formats, and train.py run inside this process."""
+import hashlib
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / 'shared'         # real text for offline checks; those tests skip where it is absent
+sys.path.insert(0, str(ROOT))
+
+from model import GPT, GPTConfig, save_gpt  # noqa: E402
+
+TINY = ('--rounds=3', '--local_steps=2', '--router_every=2', '--router_steps=2', '--batch_size=4', '--micro_batch_size=4',
+        '--block_size=16', '--eval_every=2')
+
+
+def write_dataset(folder: Path, streams: list[dict], vocab_size: int = 257, tokenizer: str = 'bytes') -> Path:
+    """streams: one {'train': tokens, 'valid': ..., 'test': ...} per user, in the layout that data/prepare.py writes."""
+    folder.mkdir(parents=True)
+    users = []
+    for i, user in enumerate(streams):
+        raw = {split: np.asarray(tokens).astype('<u2').tobytes() for split, tokens in user.items()}
+        for split, data in raw.items():
+            (folder / f'user{i}_{split}.bin').write_bytes(data)
+        users.append({'name': f'user {i}', 'tokens': {s: len(d) // 2 for s, d in raw.items()},
+                      'sha256': {s: hashlib.sha256(d).hexdigest() for s, d in raw.items()}})
+    meta = {'dtype': '<u2', 'vocab_size': vocab_size, 'tokenizer': tokenizer, 'users': users}
+    (folder / 'meta.json').write_text(json.dumps(meta))
+    return folder
+
+
+def user_streams(i: int, n_train: int) -> dict:
+    """User i's text is its own: short random words out of the letters that start at 97 + 4 i."""
+    rng = np.random.default_rng((7, i))
+    def text(n):
+        return np.where(rng.random(n) < 0.2, 32, 97 + 4 * i + rng.integers(0, 3, n))
+    return {'train': text(n_train), 'valid': text(200), 'test': text(150)}
+
+
+@pytest.fixture(scope='session')
+def tiny(tmp_path_factory) -> SimpleNamespace:
+    """.base: a random GPT-2 of 2 layers; .data: 3 users with unequal text."""
+    folder = tmp_path_factory.mktemp('tiny')
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=257, n_positions=32, n_layer=2, n_head=2, n_embd=16))
+    save_gpt(model, folder / 'base.safetensors')
+    data = write_dataset(folder / 'data', [user_streams(i, n) for i, n in enumerate((300, 500, 900))])
+    return SimpleNamespace(base=folder / 'base.safetensors', data=data, model=model, folder=folder)
+
+
+@pytest.fixture
+def train(tiny, tmp_path, monkeypatch):
+    """train(*args) runs train.py on the tiny base and data, here, and returns its final variables."""
+    source = compile((ROOT / 'train.py').read_text(), str(ROOT / 'train.py'), 'exec')
+
+    def run(*args: str, out: str = 'run', short: bool = True) -> SimpleNamespace:
+        given = [f'--init_from={tiny.base}', f'--dataset={tiny.data}', f'--out_dir={tmp_path / out}', '--device=cpu']
+        monkeypatch.setattr(sys, 'argv', ['train.py', *given, *(TINY if short else ()), *args])
+        scope = {'__name__': '__main__', '__file__': str(ROOT / 'train.py'), '__doc__': 'train.py'}
+        exec(source, scope)
+        return SimpleNamespace(**scope, lines=read_metrics(tmp_path / out))
+    return run
+
+
+def read_metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """|a - b| / |b| in the Euclidean norm; both zero is 0. NaN is an error, not a pass."""
+    assert torch.isfinite(a).all() and torch.isfinite(b).all()
+    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item() if b.norm() > 0 or a.norm() > 0 else 0.0

@@ -1,0 +1,290 @@
+"""The mixture of LoRA experts against plain formulas (METHOD 1.1, 1.3, invariants 1, 2, 5, 9, 11)."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import relative_error
+
+from lora_moe import LoRA, LoRALinear, LoRAMoE, add_lora, initial, load_balance_loss, roles
+from model import GPT, MLP, GPTConfig
+
+CONFIG = GPTConfig(vocab_size=50, n_positions=16, n_layer=2, n_head=2, n_embd=16)
+
+
+def user_model(n, k=2, n_generalists=1, routed=True, seed=0, zero_b=False, rank=4) -> GPT:
+    """A user's model on a random base; B is random too unless zero_b, so that the experts differ."""
+    torch.manual_seed(seed)
+    model = add_lora(GPT(CONFIG), n, min(n, n_generalists), rank, top_k=k, routed=routed)
+    for name, p in model.named_parameters():
+        if name in roles(model):
+            p.data.copy_(initial(name, p.shape, seed))
+            if name.endswith('.B') and not zero_b:
+                p.data.normal_(std=0.1)
+            if 'router' in name:
+                p.data.normal_(std=1.0)
+    return model
+
+
+def plain_mixture(moe: LoRAMoE, x: torch.Tensor) -> torch.Tensor:
+    """Σ_j w_j MLP_j(x), each MLP_j a full MLP with its LoRA merged into both matrices, evaluated on every token."""
+    experts = [*moe.generalists, *moe.specialists]
+    if moe.router is None:
+        w = torch.full((*x.shape[:2], len(experts)), 1 / len(experts))
+    else:
+        logits = x @ moe.router.weight.T
+        kept = logits.topk(moe.top_k).indices
+        mask = torch.zeros_like(logits).scatter(-1, kept, 1).bool()
+        w = logits.masked_fill(~mask, -torch.inf).softmax(-1) if moe.top_k > 1 else logits.softmax(-1) * mask
+    y = 0
+    for j, expert in enumerate(experts):
+        fc = moe.c_fc.weight + expert.c_fc.scaling * expert.c_fc.B @ expert.c_fc.A
+        proj = moe.c_proj.weight + expert.c_proj.scaling * expert.c_proj.B @ expert.c_proj.A
+        y = y + w[..., j, None] * F.linear(F.gelu(F.linear(x, fc, moe.c_fc.bias), approximate='tanh'), proj, moe.c_proj.bias)
+    return y
+
+
+@pytest.mark.parametrize('n', [1, 2, 4, 8])
+@pytest.mark.parametrize('k', [1, 2])
+@pytest.mark.parametrize('routed', [True, False])
+def test_cheap_form_equals_a_loop_over_full_mlps(n, k, routed):
+    """Output, and the gradient of every tensor and of the input, including experts that get no token."""
+    moe = user_model(n, k, routed=routed).h[0].mlp
+    for name in ('c_fc', 'c_proj'):
+        getattr(moe, name).bias.data.normal_()
+    if routed and n > 2:
+        moe.router.weight.data[-1] = 0
+        moe.router.weight.data[-1, 0] = -100            # with x[0] = 1 below: the last expert is never chosen
+    x = torch.randn(2, 9, 16)
+    x[..., 0] = 1
+    grad_y = torch.randn(2, 9, 16)
+    tensors = {name: p for name, p in moe.named_parameters() if p.requires_grad}
+    results = []
+    for function in (lambda x: moe(x)[0], lambda x: plain_mixture(moe, x)):
+        x_in = x.clone().requires_grad_()
+        y = function(x_in)
+        grads = torch.autograd.grad(y, [*tensors.values(), x_in], grad_y, allow_unused=True)
+        results.append([y, *(torch.zeros(1) if g is None else g for g in grads)])
+    for name, a, b in zip(['output', *tensors, 'input'], *results):
+        assert relative_error(a, b) <= 1e-5, name
+    if routed and n > 2:
+        assert not (moe(x)[1].chosen == n - 1).any()
+
+
+@pytest.mark.parametrize('n', [1, 2, 4, 8])
+@pytest.mark.parametrize('routed', [True, False])
+def test_untrained_user_equals_the_base(n, routed):
+    """Invariant 1: B = 0 and weights that sum to one leave GPT-2's logits as they are."""
+    model = user_model(n, routed=routed, zero_b=True)
+    torch.manual_seed(0)
+    base = GPT(CONFIG)                                   # user_model's own base, drawn again
+    idx = torch.randint(50, (3, 16))
+    with torch.no_grad():
+        assert (model(idx)[0] - base(idx)[0]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize('n, k', [(2, 2), (4, 2), (8, 2), (4, 1)])
+def test_routing_weights(n, k):
+    """Invariant 2: K experts, weights that sum to one (a lone top-1 weight is its softmax probability, METHOD 1.1)."""
+    moe = user_model(n, k).h[0].mlp
+    x = torch.randn(40, 16)
+    routing = moe.route(x)
+    assert routing.probs.shape == (40, n) and routing.chosen.shape == routing.weights.shape == (40, k)
+    assert all(len(set(row)) == k for row in routing.chosen.tolist())
+    assert torch.allclose(routing.probs, (x @ moe.router.weight.T).softmax(-1))
+    expected = torch.ones(40) if k > 1 else routing.probs.max(-1).values
+    assert torch.allclose(routing.weights.sum(-1), expected)
+
+
+def test_permuting_experts_with_their_router_rows_changes_nothing():
+    moe = user_model(4, n_generalists=0).h[0].mlp
+    x = torch.randn(2, 9, 16)
+    before = moe(x)[0]
+    order = [2, 0, 3, 1]
+    moe.specialists = torch.nn.ModuleList([moe.specialists[j] for j in order])
+    moe.router.weight.data = moe.router.weight.data[order]
+    assert relative_error(moe(x)[0], before) < 1e-6
+
+
+def test_only_chosen_experts_are_evaluated():
+    """An expert full of NaN that no token chooses leaves no trace in output or gradients."""
+    moe = user_model(4).h[0].mlp
+    moe.router.weight.data[3] = 0
+    moe.router.weight.data[3, 0] = -100
+    for p in moe.specialists[2].parameters():
+        p.data.fill_(torch.nan)
+    x = torch.randn(2, 9, 16, requires_grad=True)
+    x.data[..., 0] = 1
+    y = moe(x)[0]
+    y.sum().backward()
+    assert torch.isfinite(y).all() and torch.isfinite(x.grad).all()
+
+
+def test_an_expert_without_tokens_gets_zero_gradients_and_still_decays():
+    """Invariant 9: its gradient is zero, not None, so AdamW's weight decay moves it, as in the authors' code."""
+    model = user_model(4)
+    for block in model.h:
+        block.mlp.router.weight.data[3] = -100 * block.mlp.router.weight.data[0].sign()
+        block.mlp.router.weight.data[:3] *= 0
+    idx = torch.randint(50, (2, 16))
+    loss, routing = model.loss(idx, idx)
+    idle = {j for j in range(4) if not (routing[0].chosen == j).any()}
+    assert idle, 'the router above leaves at least one expert of the first layer without tokens'
+    loss.backward()
+    moe = model.h[0].mlp
+    expert = [*moe.generalists, *moe.specialists][idle.pop()]
+    optimizer = torch.optim.AdamW(expert.parameters(), lr=0.1, weight_decay=0.01)
+    before = expert.c_fc.B.detach().clone()
+    assert all(p.grad is not None and (p.grad == 0).all() for p in expert.parameters())
+    optimizer.step()
+    assert torch.allclose(expert.c_fc.B, before * (1 - 0.1 * 0.01))
+
+
+@pytest.mark.parametrize('n', [1, 2, 4])
+def test_causality_with_routing(n):
+    """A token's logits, routing included, do not depend on later tokens."""
+    model = user_model(n)
+    idx = torch.randint(50, (1, 16))
+    other = idx.clone()
+    other[0, 9:] = (other[0, 9:] + 1) % 50
+    with torch.no_grad():
+        assert relative_error(model(idx)[0][0, :9], model(other)[0][0, :9]) < 1e-6
+
+
+def test_roles_and_frozen_tensors():
+    """Every trainable tensor has one role, which its name tells; all others are the base's, the same objects, frozen."""
+    torch.manual_seed(0)
+    base = GPT(CONFIG)
+    a, b = add_lora(base, 3, 1, rank=4), add_lora(base, 2, 2, rank=4)
+    for model, n_specialist in ((a, 2), (b, 0)):
+        role = roles(model)
+        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trainable == set(role)
+        said = {'lora': 'attention', 'generalists': 'generalist', 'specialists': 'specialist', 'router': 'router'}
+        for name, r in role.items():
+            assert [said[part] for part in name.split('.') if part in said] == [r]
+        assert sum(r == 'specialist' for r in role.values()) == 2 * n_specialist * 4   # layers x experts x (2 LoRA of A, B)
+    frozen = {id(p) for p in base.parameters()}
+    for model in (a, b):
+        assert {id(p) for name, p in model.named_parameters() if name not in roles(model)} == frozen
+    assert add_lora(base, 1, 1, rank=4).h[0].mlp.router is None                        # invariant 10: one expert, no router
+
+
+def test_a_user_adds_only_its_own_tensors():
+    """GPT-2 124M, rank 8: the trainable sizes of METHOD 1.1 (its n=1 counts an idle router of 9,216, which we do not make),
+    and with AdamW's two moments 12 bytes each: 23.2 MB for a user of two experts."""
+    with torch.device('meta'):
+        base = GPT(GPTConfig())
+        for n, expected in ((1, 1_188_864 - 9_216), (2, 1_935_360), (4, 3_428_352), (8, 6_414_336)):
+            model = add_lora(base, n, 1, rank=8)
+            role = roles(model)
+            assert sum(p.numel() for name, p in model.named_parameters() if name in role) == expected
+            shared = sum(p.numel() for name, p in model.named_parameters() if role.get(name) in ('generalist', 'attention'))
+            assert shared == 1_179_648
+    assert 12 * 1_935_360 == 23_224_320
+
+
+def test_attention_lora_equals_merged_weights():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(6, 9)
+    wrapped = LoRALinear(linear, rank=2, alpha=16)
+    wrapped.lora.A.data.normal_(), wrapped.lora.B.data.normal_()
+    x = torch.randn(2, 5, 6)
+    merged = F.linear(x, linear.weight + 16 / math.sqrt(2) * wrapped.lora.B @ wrapped.lora.A, linear.bias)
+    assert torch.allclose(wrapped(x), merged, atol=1e-5)
+
+
+def test_rank_stabilised_scaling():
+    """Invariant 11: with B of unit variance, Var(γ B A x) is flat in r for γ = α/√r; with α/r it would fall as 1/r."""
+    torch.manual_seed(0)
+    x = torch.randn(2000, 256)
+    variance = {}
+    for r in (4, 16, 64):
+        lora = LoRA(256, 128, r, alpha=1)
+        lora.A.data.copy_(initial('x.A', (r, 256), 0)), lora.B.data.normal_()
+        variance[r] = lora.add_to(torch.zeros(2000, 128), x).var().item()
+    assert max(variance.values()) / min(variance.values()) < 1.3
+    assert variance[4] / 4 / (variance[64] / 64) > 10    # the same sums under α/r
+
+
+def test_initial_values():
+    A = initial('h.0.attn.c_attn.lora.A', (8, 768), 42, 'user', 0)
+    assert A.abs().max() <= 1 / math.sqrt(768) and A.abs().max() > 0.99 / math.sqrt(768)
+    assert (initial('h.0.attn.c_attn.lora.B', (9, 8), 42) == 0).all()
+    assert abs(initial('h.0.mlp.router.weight', (4, 768), 42).std() - 0.02) < 0.002
+    assert torch.equal(A, initial('h.0.attn.c_attn.lora.A', (8, 768), 42, 'user', 0))
+    assert not torch.equal(A, initial('h.0.attn.c_attn.lora.A', (8, 768), 42, 'user', 1))
+
+
+# ---- load balancing (METHOD 1.3, invariant 5) ----------------------------------------------------------------------
+def routing_of(logits: torch.Tensor, k: int = 2) -> tuple:
+    return logits.softmax(-1), logits.topk(k).indices, None
+
+
+@pytest.mark.parametrize('kind, constant', [('generalist', 0.5), ('uniform', 1.0)])
+def test_two_of_two_is_constant_with_zero_gradient(kind, constant):
+    """n = k = 2: no router can change it, so all kinds of load balancing are the same algorithm; LB_u = 2 LB_g."""
+    logits = torch.randn(100, 2, requires_grad=True)
+    loss = load_balance_loss([routing_of(logits), routing_of(2 * logits)], kind)
+    assert abs(loss.item() - constant) < 1e-6
+    loss.backward()
+    assert logits.grad.abs().max() < 1e-7
+
+
+@pytest.mark.parametrize('n', [3, 4, 8])
+def test_load_balance_by_hand(n):
+    """Both formulas written out, and the authors' form at importance 1/2: ((n-1)² + 1) LB_g."""
+    logits = torch.randn(100, n)
+    p, chosen, _ = routing_of(logits)
+    f = [(chosen == j).any(-1).float().mean().item() for j in range(n)]
+    P = p.mean(0).tolist()
+    generalist = load_balance_loss([(p, chosen, None)], 'generalist').item()
+    uniform = load_balance_loss([(p, chosen, None)], 'uniform').item()
+    c = (n - 1) ** 2 + 1
+    assert math.isclose(generalist, f[0] * P[0] / c + (n - 1) / c * sum(f[j] * P[j] for j in range(1, n)), rel_tol=1e-5)
+    assert math.isclose(uniform, n * sum(f[j] / 2 * P[j] for j in range(n)), rel_tol=1e-5)
+    q = [1 / (0.5 * n)] + [(n - 1) / (0.5 * n)] * (n - 1)
+    assert math.isclose(n * sum(f[j] / 2 * P[j] * q[j] for j in range(n)), c * generalist, rel_tol=1e-5)
+
+
+def test_uniform_load_balance_at_its_corners():
+    """1 at uniform f and P; n/2 when P is one-hot on an expert that every token chooses."""
+    n = 4
+    chosen = torch.tensor([[0, 1], [2, 3], [1, 2], [3, 0]])
+    assert load_balance_loss([(torch.full((4, n), 1 / n), chosen, None)], 'uniform').item() == pytest.approx(1)
+    one_hot = torch.zeros(4, n)
+    one_hot[:, 1] = 1
+    assert load_balance_loss([(one_hot, torch.tensor([[1, 0]] * 4), None)], 'uniform').item() == pytest.approx(n / 2)
+
+
+def test_load_balance_without_router_or_switched_off():
+    assert load_balance_loss([None, None], 'uniform') == 0
+    assert load_balance_loss([routing_of(torch.randn(5, 4))], 'none') == 0
+
+
+def test_the_mixture_runs_under_bf16_autocast():
+    """bf16 stays close to fp32 (cosine of all gradients), with the router in float32 (METHOD 1.1)."""
+    model = user_model(4)
+    idx = torch.randint(50, (4, 16))
+    flat = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+            loss, routing = model.loss(idx, idx)
+        assert routing[0].probs.dtype == torch.float32
+        loss.backward()
+        flat.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert F.cosine_similarity(*flat, dim=0) > 0.98
+
+
+def test_impossible_mixtures_are_refused():
+    base = GPT(CONFIG)
+    for n, g in ((0, 0), (1, 2), (2, -1)):
+        with pytest.raises(ValueError, match='at least one expert'):
+            add_lora(base, n, g, rank=4)
+
+
+def test_the_mlp_of_the_base_is_untouched():
+    base = GPT(CONFIG)
+    add_lora(base, 2, 1, rank=4)
+    assert isinstance(base.h[0].mlp, MLP) and not any(p.requires_grad for p in base.parameters())

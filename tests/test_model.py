@@ -1,0 +1,149 @@
+"""model.py is GPT-2: the oracle is transformers' GPT2LMHeadModel on a random small configuration."""
+import json
+
+import pytest
+import torch
+
+import model as model_file
+from model import GPT, GPTConfig, load_gpt, save_gpt
+
+
+@pytest.fixture(scope='module')
+def hub_folder(tmp_path_factory):
+    """A small random GPT-2 saved by transformers in the Hub's format, with values that are not near zero."""
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(1)
+    config = transformers.GPT2Config(vocab_size=101, n_positions=24, n_layer=2, n_head=2, n_embd=32)
+    oracle = transformers.GPT2LMHeadModel(config).eval()
+    for p in oracle.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    folder = tmp_path_factory.mktemp('hub')
+    oracle.save_pretrained(folder)
+    return folder, oracle
+
+
+def test_logits_equal_transformers(hub_folder):
+    folder, oracle = hub_folder
+    idx = torch.randint(101, (3, 24), generator=torch.Generator().manual_seed(0))
+    for source in (folder, folder / 'model.safetensors'):
+        ours = load_gpt(str(source))
+        with torch.no_grad():
+            assert (ours(idx)[0] - oracle(idx).logits).abs().max() < 1e-5
+            theirs = torch.nn.functional.cross_entropy(oracle(idx).logits[:, :-1].flatten(0, 1), idx[:, 1:].flatten())
+            assert abs(ours.loss(idx[:, :-1], idx[:, 1:])[0] - theirs) < 1e-5
+
+
+def test_older_hub_layouts_load_too(hub_folder, tmp_path):
+    """Released checkpoints have no 'transformer.' prefix, carry causal-mask buffers, or are a pickled file of tensors."""
+    folder, oracle = hub_folder
+    state = {name.removeprefix('transformer.'): t for name, t in oracle.state_dict().items()}
+    state['h.0.attn.bias'] = torch.ones(1, 1, 24, 24)
+    torch.save(state, tmp_path / 'pytorch_model.bin')
+    (tmp_path / 'config.json').write_text((folder / 'config.json').read_text())
+    idx = torch.arange(20)[None]
+    with torch.no_grad():
+        assert (load_gpt(str(tmp_path))(idx)[0] - oracle(idx).logits).abs().max() < 1e-5
+
+
+def test_names_of_the_hub_are_downloaded(hub_folder, monkeypatch):
+    """gpt2 ... gpt2-xl go through huggingface_hub; here its one function answers with local files."""
+    import huggingface_hub
+    folder, _ = hub_folder
+    asked = []
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', lambda repo, file: asked.append((repo, file)) or str(folder / file))
+    assert load_gpt('gpt2-medium').config.n_embd == 32
+    assert asked == [('openai-community/gpt2-medium', 'model.safetensors'), ('openai-community/gpt2-medium', 'config.json')]
+
+    def unreachable(repo, file):
+        raise ConnectionError('no route')
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', unreachable)
+    with pytest.raises(OSError, match='cannot get openai-community/gpt2 .*--init_from'):
+        load_gpt('gpt2')
+
+
+def test_own_format_round_trip(tmp_path):
+    torch.manual_seed(0)
+    a = GPT(GPTConfig(50, 16, 1, 2, 8))
+    save_gpt(a, tmp_path / 'a.safetensors')
+    b = load_gpt(str(tmp_path / 'a.safetensors'))
+    assert b.config == a.config and all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+
+
+def test_causality():
+    """Logits at position t do not change when tokens after t do."""
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(50, 16, 2, 2, 8))
+    idx = torch.randint(50, (1, 16))
+    other = idx.clone()
+    other[0, 9:] = (other[0, 9:] + 1) % 50
+    with torch.no_grad():
+        assert torch.equal(gpt(idx)[0][0, :9], gpt(other)[0][0, :9])
+        assert not torch.equal(gpt(idx)[0][0, 9:], gpt(other)[0][0, 9:])
+
+
+def test_generate():
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(50, 16, 1, 2, 8))
+    prompt = torch.tensor([[1, 2, 3]])
+    a = gpt.generate(prompt, 20, seed=5)                                  # longer than the context of 16
+    assert a.shape == (1, 23) and torch.equal(a[:, :3], prompt)
+    assert torch.equal(a, gpt.generate(prompt, 20, seed=5)) and not torch.equal(a, gpt.generate(prompt, 20, seed=6))
+    greedy = gpt.generate(prompt, 5, temperature=0)
+    assert torch.equal(greedy, gpt.generate(prompt, 5, top_k=1, seed=1))  # the likeliest of one is the likeliest
+    for bad in (dict(temperature=-1.0), dict(top_k=0)):
+        with pytest.raises(ValueError):
+            gpt.generate(prompt, 1, **bad)
+    with pytest.raises(ValueError, match='empty'):
+        gpt.generate(prompt[:, :0], 1)
+
+
+def test_a_sequence_longer_than_the_positions_is_refused():
+    with pytest.raises(ValueError, match='17 tokens.*16 positions'):
+        GPT(GPTConfig(50, 16, 1, 2, 8))(torch.zeros(1, 17, dtype=torch.long))
+
+
+def hub_like(folder, **changes):
+    folder.mkdir()
+    save_gpt(GPT(GPTConfig(50, 16, 1, 2, 8)), folder / 'm.safetensors')
+    from safetensors.torch import load_file, save_file
+    save_file(load_file(folder / 'm.safetensors'), folder / 'm.safetensors')           # drops our metadata
+    config = {'model_type': 'gpt2', 'vocab_size': 50, 'n_positions': 16, 'n_layer': 1, 'n_head': 2, 'n_embd': 8, **changes}
+    (folder / 'config.json').write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({'model_type': 'llama'}, "'llama' model.*must be a gpt2"),
+    ({'activation_function': 'relu'}, 'activation_function'),
+    ({'scale_attn_by_inverse_layer_idx': True}, 'scale_attn_by_inverse_layer_idx'),
+    ({'n_layer': 2}, ' tensors differ, first h.0'),
+])
+def test_another_model_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_gpt(hub_like(tmp_path / 'x', **changes))
+
+
+def test_unreadable_files_are_refused_and_run_no_code(tmp_path):
+    with pytest.raises(ValueError, match='no base model at'):
+        load_gpt(str(tmp_path / 'nothing'))
+    with pytest.raises(ValueError, match='neither'):
+        load_gpt(str(tmp_path))
+    (tmp_path / 'config.json').write_text('{"model_type": "gpt2"}')
+    (tmp_path / 'model.safetensors').write_bytes(b'not a model')
+    with pytest.raises(ValueError, match='cannot be read as model weights'):
+        load_gpt(str(tmp_path))
+
+    class Hostile:
+        def __reduce__(self):
+            return (open, (str(tmp_path / 'executed'), 'w'))
+    (tmp_path / 'model.safetensors').unlink()
+    torch.save({'wte.weight': Hostile()}, tmp_path / 'pytorch_model.bin')
+    with pytest.raises(ValueError, match='cannot be read as model weights'):
+        load_gpt(str(tmp_path))
+    assert not (tmp_path / 'executed').exists()
+
+
+def test_gpt2_124m_has_the_published_size():
+    with torch.device('meta'):
+        assert sum(p.numel() for p in GPT(GPTConfig()).parameters()) == 124_439_808
+    assert set(model_file.HUB) == {'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'}

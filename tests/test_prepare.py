@@ -1,0 +1,575 @@
+"""data/prepare.py: what is written is what was read, once. Offline; the Hub is a fake with the library's own streams."""
+import csv
+import gzip
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from data import prepare
+from data.stream import SPLITS, encoding, load_dataset
+
+SHARED = ROOT.parent / 'shared'
+LANGUAGES, SOURCES = ('de', 'nl', 'fr', 'it'), ('StackExchange', 'Github', 'ArXiv', 'Book')
+SMALL = ['--train_tokens=1500', '--valid_tokens=400', '--test_tokens=400', '--tokenizer=bytes']
+
+
+# ---- small data sets with the Hub's columns -------------------------------------------------------------------------
+
+def documents(label, n=120):
+    """n different documents, every one beginning with '<' and holding a two-byte character and a line break."""
+    return [f'<{label}.{i}> wörds\nof {label}{"!" * (i % 7)}' for i in range(n)]
+
+
+ROWS = {
+    'agnews': {'train': [{'text': text, 'label': i % 4} for i, text in enumerate(documents('news', 400))]},
+    'multilingual': {user: [{'text': text} for text in documents(user)] for user in LANGUAGES},
+    'slimpajama': {'train': [{'text': text, 'meta': {'redpajama_set_name': f'RedPajama{name}'}}
+                             for several in zip(*map(documents, (*SOURCES, 'C4')))
+                             for name, text in zip((*SOURCES, 'C4'), several)]},
+}
+OWN = {'agnews': [documents('news', 400)[i::4] for i in range(4)], 'multilingual': list(map(documents, LANGUAGES)),
+       'slimpajama': list(map(documents, SOURCES))}  # what user i may hold
+
+
+def save(file, rows):
+    if file.suffix == '.parquet':
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    elif file.suffix == '.csv':
+        with open(file, 'w', encoding='utf-8', newline='') as out:
+            writer = csv.DictWriter(out, rows[0])
+            writer.writeheader()
+            writer.writerows({key: json.dumps(value) if isinstance(value, dict) else value for key, value in row.items()}
+                             for row in rows)
+    else:
+        with (gzip.open if file.suffix == '.gz' else open)(file, 'wt', encoding='utf-8') as out:
+            out.writelines(json.dumps(row) + '\n' for row in rows)
+
+
+def source_of(name, folder, suffix='.jsonl.gz'):
+    folder.mkdir(exist_ok=True)
+    for stem, rows in ROWS[name].items():
+        save(folder / f'{stem}{suffix}', rows)
+    return folder
+
+
+def run(*argv):
+    return prepare.main([str(argument) for argument in argv])
+
+
+def read(folder, tokenizer='bytes'):
+    """meta.json and {(user, split): its documents}, through the reader that training uses."""
+    enc = encoding(tokenizer)
+    meta, streams = load_dataset(folder, 8, enc.n_vocab)
+    texts = {(i, split): enc.decode_bytes(user[split].tolist()).decode('utf-8', 'ignore')
+             for i, user in enumerate(streams) for split in SPLITS}
+    assert all(text.startswith('<') for text in texts.values())
+    return meta, {key: ('\0' + text).replace(meta['separator'] + '<', '\0<').split('\0')[1:] for key, text in texts.items()}
+
+
+def hashes(folder):
+    return [user['sha256'] for user in json.loads((folder / 'meta.json').read_text())['users']]
+
+
+def assert_disjoint(found):
+    """No document, told by its beginning, in two users or two splits or twice in one."""
+    heads = [text[:text.index('>')] for texts in found.values() for text in texts if '>' in text]
+    assert heads and len(heads) == len(set(heads))
+
+
+# ---- what is written ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('suffix', ['.jsonl', '.jsonl.gz', '.csv', '.parquet'])
+@pytest.mark.parametrize('name', ROWS)
+def test_round_trip(name, suffix, tmp_path):
+    """Whole documents of the right user, each once, joined by one space; only the last dealt ones are cut to the size."""
+    assert run(name, '--source', source_of(name, tmp_path / 'in', suffix), '--out_root', tmp_path, *SMALL) == 0
+    meta, found = read(tmp_path / name)
+    assert (meta['dtype'], meta['separator'], meta['tokenizer'], meta['vocab_size']) == ('<u2', ' ', 'bytes', 257)
+    assert [user['name'] for user in meta['users']] == list(prepare.SETS[name]['users'])
+    assert_disjoint(found)
+    for (i, split), texts in found.items():
+        mixed = name == 'agnews' and split != 'train'  # tomorrow's news: every topic for everybody
+        known = sum(OWN[name], []) if mixed else OWN[name][i]
+        cut = [text for text in texts if text not in known]
+        assert len(cut) <= (5 if mixed else 2) < len(texts)
+        assert all(any(whole.startswith(text.rstrip()) for whole in known) for text in cut)
+        assert not mixed or all(set(texts) & set(own) for own in OWN[name])
+        user = meta['users'][i]
+        assert user['documents'][split] - len(texts) in (0, 1)  # the last may be cut to its separator
+        assert user['tokens'][split] == user['bytes'][split] == (1500 if split == 'train' else 400)
+
+
+def test_meta_names_no_place(tmp_path):
+    """meta.json can be published: options and sources are there, this machine's folders are not."""
+    run('agnews', '--source', source_of('agnews', tmp_path / 'in'), '--out_root', tmp_path, '--name=news', '--seed=7', *SMALL)
+    meta, _ = read(tmp_path / 'news')
+    assert (meta['name'], meta['seed'], meta['source']) == ('news', 7, ['train.jsonl.gz'])
+    assert meta['options']['train_tokens'] == '1500' and meta['options']['set'] == 'agnews'
+    assert str(tmp_path.parent) not in json.dumps(meta)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['in', 'news']
+
+
+@pytest.mark.parametrize('separator', [' ', '\n\n'])
+def test_gpt2_stream_is_the_joined_text(separator, monkeypatch):
+    """Documents are tokenised one by one, yet the stream is exactly encode_ordinary(separator.join(documents))."""
+    cache = SHARED / 'tiktoken_cache'
+    if not os.environ.get('TIKTOKEN_CACHE_DIR') and not cache.exists():
+        pytest.skip("GPT-2's vocabulary is not at hand (TIKTOKEN_CACHE_DIR)")
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', os.environ.get('TIKTOKEN_CACHE_DIR') or str(cache))
+    enc = encoding('gpt2')
+    texts = ["'s odd", 'Rojo Tracks', 'two\n\nlines', '...', '2 numbers 3', 'naïve 日本語', '<|endoftext|>', "don't", 'é']
+    asked, shares = {split: [1000] for split in SPLITS}, {split: np.ones((1, 1)) for split in SPLITS}
+    pools = prepare.fill([('x', zip(itertools.repeat(0), texts), (0,))], ['x'], asked, shares, enc, separator, None)
+    streams = prepare.streams_of(prepare.deal(pools, asked, shares, 0), ['x'], asked, enc, separator)
+    kept = []
+    for tokens, _ in streams.values():
+        joined = enc.decode(tokens.tolist())
+        assert tokens.tolist() == enc.encode_ordinary(joined) and not joined.startswith(separator)
+        kept.append(joined)
+    assert sorted(map(len, kept)) and sum(map(len, kept)) == len(separator.join(texts)) - 2 * len(separator)
+    assert all(any(text in part for part in kept) for text in texts)
+
+
+def test_sizes_per_user(tmp_path, capsys):
+    """N,N,N,N is one size per user, in order; the paper's Table 3 is printed beside them."""
+    run('multilingual', '--source', source_of('multilingual', tmp_path / 'in'), '--out_root', tmp_path,
+        '--train_tokens=100,200,300,400', '--valid_tokens=50', '--test_tokens=60', '--tokenizer=bytes')
+    meta, _ = read(tmp_path / 'multilingual')
+    assert [list(user['tokens'].values()) for user in meta['users']] == [[n, 50, 60] for n in (100, 200, 300, 400)]
+    out = capsys.readouterr().out
+    assert '557,662 / 300,764 / 229,720' in out and '451,584 / 165,984 / 172,547' in out and 'fewer' not in out
+
+
+def test_too_little_text_is_said(tmp_path, capsys):
+    """With less text than asked every split shrinks alike, and one line per user says so."""
+    asked = ['--train_tokens=8000', '--valid_tokens=1000', '--test_tokens=1000', '--tokenizer=bytes']
+    assert run('multilingual', '--source', source_of('multilingual', tmp_path / 'in'), '--out_root', tmp_path, *asked) == 0
+    meta, found = read(tmp_path / 'multilingual')
+    out = capsys.readouterr().out
+    for i, user in enumerate(meta['users']):
+        n = user['tokens']
+        assert f'user {i} ({user["name"]}) has fewer tokens than asked: train {n["train"]:,} of 8,000, valid' in out
+        assert 0.07 < n['valid'] / sum(n.values()) < 0.14 and 0.07 < n['test'] / sum(n.values()) < 0.14
+        assert sum(len(found[i, split]) for split in SPLITS) == 120  # nothing is wasted
+    assert_disjoint(found)
+
+
+def test_duplicates_and_empty_documents(tmp_path):
+    """Empty rows go; a text that occurs again, in whatever user's file, is kept once."""
+    folder = source_of('multilingual', tmp_path / 'in', '.jsonl')
+    for user in LANGUAGES:
+        rows = [{'text': text} for text in ('', '   ', None, '  <shared.0> the same everywhere \n',
+                                          f'<{user}.half> a pair \ud83d', *documents(user, 20) * 2)]
+        save(folder / f'{user}.jsonl', rows)
+    run('multilingual', '--source', folder, '--out_root', tmp_path, *SMALL)
+    _, found = read(tmp_path / 'multilingual')
+    assert_disjoint(found)
+    assert sum(map(len, found.values())) == 4 * (20 + 1) + 1
+    assert sum(' a pair ?' in text for texts in found.values() for text in texts) == 4  # half a character: replaced
+    assert sum('<shared.0> the same everywhere' in texts for texts in found.values()) == 1
+
+
+def test_seed(tmp_path):
+    folder = source_of('slimpajama', tmp_path / 'in')
+    for name, seed in (('a', 1), ('b', 1), ('c', 2)):
+        assert run('slimpajama', '--source', folder, '--out_root', tmp_path, '--name', name, '--seed', seed, *SMALL) == 0
+    assert hashes(tmp_path / 'a') == hashes(tmp_path / 'b')
+    assert all(a[split] != c[split] for a, c in zip(hashes(tmp_path / 'a'), hashes(tmp_path / 'c')) for split in SPLITS)
+
+
+def test_shuffling_and_dealing_follow_the_seed():
+    rows = [{'text': str(i)} for i in range(100)]
+    orders = [[int(row['text']) for row in prepare.shuffled(iter(rows), 10, np.random.default_rng(seed))] for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == list(range(100)) != orders[0]
+    assert all(row - place <= 10 for place, row in enumerate(orders[0]))  # no more than the buffer is read ahead
+    asked, shares = {split: [10] for split in SPLITS}, {split: np.ones((1, 1)) for split in SPLITS}
+    pools = [[np.full(5, i) for i in range(20)]]
+    dealt = [np.concatenate(prepare.deal(pools, asked, shares, seed)[0, 'train']).tolist() for seed in (1, 1, 2)]
+    assert dealt[0] == dealt[1] != dealt[2]
+
+
+def test_agnews_test_rows(tmp_path):
+    """With a test file, valid and test are parts of it, and train rows go to train only. Labels of csv are text."""
+    folder = source_of('agnews', tmp_path / 'in', '.csv')
+    save(folder / 'test.jsonl', [{'text': text, 'label': 0} for text in documents('later', 200)])
+    run('agnews', '--source', folder, '--out_root', tmp_path, *SMALL)
+    meta, found = read(tmp_path / 'agnews')
+    assert meta['source'] == ['train.csv', 'test.jsonl']
+    assert_disjoint(found)
+    assert all(text.startswith('<news.' if split == 'train' else '<later.') for (_, split), texts in found.items()
+               for text in texts if '>' in text)
+
+
+def test_wiki40b_markers():
+    text = '\n_START_ARTICLE_\nRembrandt\n_START_SECTION_\nLeven\n_START_PARAGRAPH_\nHij was één._NEWLINE_Hij.'
+    clean = 'Rembrandt\n\nLeven\n\nHij was één.\nHij.'
+    assert prepare.clean_wiki40b(text).strip() == prepare.clean_wiki40b(repr(text.encode())).strip() == clean
+    assert prepare.clean_wiki40b("b'aan is geen bytes") == "b'aan is geen bytes"
+
+
+def test_long_documents_are_cut_before_splitting(tmp_path, capsys):
+    """A book's rest is dropped, not dealt to another split; the run says how many were cut."""
+    rows = [{'text': f'<{name}.{i}> ' + 'word ' * 200, 'meta': json.dumps({'redpajama_set_name': f'RedPajama{name}'})}
+            for i in range(8) for name in SOURCES]
+    (tmp_path / 'in').mkdir()
+    save(tmp_path / 'in' / 'train-00000-of-00001.parquet', rows)
+    run('slimpajama', '--source', tmp_path / 'in', '--out_root', tmp_path, '--max_chars=120', *SMALL)
+    _, found = read(tmp_path / 'slimpajama')
+    assert '32 documents longer than 120 characters' in capsys.readouterr().out
+    assert max(len(text) for texts in found.values() for text in texts) <= 120
+    assert_disjoint(found)
+
+
+def test_dirichlet(tmp_path):
+    """More users than categories: shares of each category, other ones per seed, alike in a user's three splits."""
+    folder = source_of('multilingual', tmp_path / 'in')
+    size = ['--train_tokens=500', '--valid_tokens=200', '--test_tokens=200', '--tokenizer=bytes', '--users=6', '--alpha=0.5']
+    for name, seed in (('a', 1), ('b', 1), ('c', 2)):
+        assert run('multilingual', '--source', folder, '--out_root', tmp_path, '--name', name, '--seed', seed, *size) == 0
+    assert hashes(tmp_path / 'a') == hashes(tmp_path / 'b') != hashes(tmp_path / 'c')
+    meta, found = read(tmp_path / 'a')
+    assert len(meta['users']) == 6 and all(user['tokens']['train'] == 500 for user in meta['users'])
+    assert_disjoint(found)
+    shares = prepare.make_shares({'seed': 1, 'alpha': 0.5, 'set': 'multilingual'}, 6, 4, 4)['train']
+    np.testing.assert_allclose(shares.sum(1), 1)
+    for (i, split), texts in found.items():
+        held = [sum(len(text.encode()) for text in texts if text.startswith(f'<{user}.')) for user in LANGUAGES]
+        size = 500 if split == 'train' else 200
+        np.testing.assert_allclose(np.array(held) / size, shares[i], atol=40 / size)  # within one cut document
+        assert f'{shares[i].max():.0%} {LANGUAGES[shares[i].argmax()]}' in meta['users'][i]['name']
+
+
+@pytest.mark.parametrize('alpha', [1e-6, 1e6])
+def test_dirichlet_extremes_end(alpha, tmp_path):
+    """One category each, or all alike, and too little text for many users: it ends, disjoint all the same."""
+    folder = source_of('multilingual', tmp_path / 'in')
+    assert run('multilingual', '--source', folder, '--out_root', tmp_path, '--users=12', f'--alpha={alpha}', *SMALL) == 0
+    assert_disjoint(read(tmp_path / 'multilingual')[1])
+
+
+# ---- local, demo, base ----------------------------------------------------------------------------------------------
+
+def test_local(tmp_path):
+    """One user per file or sub-folder, sorted by name; 80/10/10 of each; paragraphs of a .txt are documents."""
+    folder = tmp_path / 'in'
+    (folder / 'diary').mkdir(parents=True)
+    for i, text in enumerate(documents('diary', 40)):
+        (folder / 'diary' / f'{i}.txt').write_text(text + '\n\nsecond paragraph\n', encoding='utf-8')
+    (folder / 'notes.txt').write_text('\r\n \r\n'.join(documents('notes', 50)), encoding='utf-8', newline='')
+    save(folder / 'chats.jsonl', [{'text': text, 'other': 1} for text in documents('chats', 50)])
+    save(folder / 'v1.2.jsonl.gz', [{'text': text} for text in documents('v1.2', 50)])
+    (folder / 'README.md').write_text('not a user')
+    assert run('local', '--source', folder, '--out_root', tmp_path, '--tokenizer=bytes', '--name=mine') == 0
+    meta, found = read(tmp_path / 'mine')
+    assert [user['name'] for user in meta['users']] == ['chats', 'diary', 'notes', 'v1.2'] and meta['separator'] == '\n\n'
+    assert_disjoint(found)
+    for i, user in enumerate(meta['users']):
+        whole = {text + ('\n\nsecond paragraph' if i == 1 else '') for text in documents(user['name'], 40 if i == 1 else 50)}
+        assert set(found[i, 'train'] + found[i, 'valid'] + found[i, 'test']) == whole  # everything, uncut
+        assert 0.08 < user['tokens']['valid'] / sum(user['tokens'].values()) < 0.14
+        assert user['documents'] == {split: len(found[i, split]) for split in SPLITS}
+
+
+def test_local_sizes_users_and_mixing(tmp_path):
+    """Fractions and sizes go together, --users takes the first, --alpha deals all of the text among more users."""
+    for name in LANGUAGES:
+        (tmp_path / 'in' / name).mkdir(parents=True)
+        (tmp_path / 'in' / name / 'few.txt').write_text('\n\n'.join(documents(name)), encoding='utf-8')
+    common = ['local', '--source', tmp_path / 'in', '--out_root', tmp_path, '--tokenizer=bytes']
+    assert run(*common, '--users=2', '--name=two', '--train_tokens=200,300') == 0
+    assert [user['tokens']['train'] for user in read(tmp_path / 'two')[0]['users']] == [200, 300]
+    assert run(*common, '--users=5', '--alpha=10', '--name=five') == 0
+    _, found = read(tmp_path / 'five')
+    assert_disjoint(found)
+    assert set(sum(found.values(), [])) == {text for name in LANGUAGES for text in documents(name)}
+
+
+def test_demo_and_base(tmp_path, monkeypatch):
+    """demo: the installed users, sizes of DEMO_TOKENS. base: Wikipedia and the installed text that demo leaves."""
+    users = {name: documents(name) for name in ('one', 'two')}
+    installed = ModuleType('data.installed')
+    installed.demo_documents = lambda: users
+    installed.base_documents = lambda exclude: {'code': documents('code', 300)} if exclude == sum(users.values(), []) else {}
+    monkeypatch.setitem(sys.modules, 'data.installed', installed)
+    monkeypatch.setitem(prepare.SETS['demo'], 'tokens', {'train': (500, 700), 'valid': (200,), 'test': (300,)})
+    assert run('demo', '--out_root', tmp_path) == 0
+    meta, found = read(tmp_path / 'demo')
+    assert [list(user['tokens'].values()) for user in meta['users']] == [[500, 200, 300], [700, 200, 300]]
+    assert all(text[1:4] == ('one', 'two')[i] for (i, _), texts in found.items() for text in texts if len(text) > 4)
+    save(tmp_path / 'wiki.jsonl.gz', [{'text': text} for text in documents('wiki', 500)])
+    assert run('base', '--source', tmp_path / 'wiki.jsonl.gz', '--out_root', tmp_path) == 0
+    meta, found = read(tmp_path / 'base')
+    assert [user['name'] for user in meta['users']] == ['wikipedia', 'code'] and meta['tokenizer'] == 'bytes'
+    assert [sum(user['documents'].values()) for user in meta['users']] == [500, 300]
+    assert 0.975 < meta['users'][0]['tokens']['train'] / sum(meta['users'][0]['tokens'].values()) < 0.985
+    assert run('base', '--source', tmp_path / 'wiki.jsonl.gz', '--out_root', tmp_path, '--name=b', '--train_tokens=4900') == 0
+    users = read(tmp_path / 'b')[0]['users']
+    assert users[0]['tokens'] == {'train': 4900, 'valid': 50, 'test': 50} and sum(users[1]['documents'].values()) == 300
+
+
+# ---- the Hub --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A fake datasets.load_dataset: set `hub.rows[repository, config, split]`; `hub.asked` lists what was asked."""
+    import datasets
+
+    def load_dataset(path, name=None, *, split=None, streaming=False):
+        assert streaming
+        fake.asked.append((path, name, split))
+        return datasets.IterableDataset.from_generator(fake.rows[path, name, split])
+
+    fake = ModuleType('hub')
+    fake.rows, fake.asked = {}, []
+    monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+    return fake
+
+
+def endless(rows):
+    """The rows, then other ones for ever: a stream of a size that no machine holds."""
+    for i in itertools.count():
+        yield from ({**row, 'text': f'{row["text"]} {"again " * 2000}{i}'} if i else row for row in rows)
+
+
+def test_hub_agnews(hub, tmp_path):
+    hub.rows = {('fancyzhx/ag_news', None, 'train'): lambda: iter(ROWS['agnews']['train']),
+                ('fancyzhx/ag_news', None, 'test'): lambda: ({'text': text, 'label': 1} for text in documents('later', 200))}
+    assert run('agnews', '--out_root', tmp_path, *SMALL) == 0
+    meta, found = read(tmp_path / 'agnews')
+    assert hub.asked == list(hub.rows) and meta['source'] == ['fancyzhx/ag_news']
+    assert_disjoint(found)
+    assert 'news' not in str([found[i, split] for i in range(4) for split in ('valid', 'test')])
+
+
+def test_hub_multilingual(hub, tmp_path):
+    """Three Wikipedias and Wiki-40B, each read no further than needed, the Dutch markers stripped."""
+    dutch = [{'text': f'\n_START_ARTICLE_\n{text}\n_START_PARAGRAPH_\nzin_NEWLINE_einde'} for text in documents('nl')]
+    for user in ('de', 'fr', 'it'):
+        hub.rows['wikimedia/wikipedia', f'20231101.{user}', 'train'] = lambda user=user: endless(ROWS['multilingual'][user])
+    hub.rows['google/wiki40b', 'nl', 'train'] = lambda: endless(dutch)
+    assert run('multilingual', '--out_root', tmp_path, *SMALL) == 0
+    meta, found = read(tmp_path / 'multilingual')
+    assert meta['source'] == ['wikimedia/wikipedia 20231101.de', 'google/wiki40b nl', 'wikimedia/wikipedia 20231101.fr',
+                              'wikimedia/wikipedia 20231101.it']
+    assert [user['name'] for user in meta['users']] == ['de', 'nl', 'fr', 'it']
+    assert '_START' not in str(found) and '_NEWLINE_' not in str(found)
+    assert any('\n\nzin\neinde' in text for text in found[1, 'train'])
+    assert sorted(hub.asked) == sorted(hub.rows)
+
+
+def test_hub_slimpajama_stops(hub, tmp_path):
+    """The stream has no end; reading ends as soon as the rarest category is full."""
+    hub.rows['DKYoon/SlimPajama-6B', None, 'train'] = lambda: endless(ROWS['slimpajama']['train'])
+    assert run('slimpajama', '--out_root', tmp_path, *SMALL) == 0
+    meta, found = read(tmp_path / 'slimpajama')
+    assert meta['source'] == ['DKYoon/SlimPajama-6B'] and len(found) == 12
+
+
+def test_hub_base(hub, tmp_path, monkeypatch):
+    installed = ModuleType('data.installed')
+    installed.demo_documents, installed.base_documents = dict, lambda exclude: {}
+    monkeypatch.setitem(sys.modules, 'data.installed', installed)
+    hub.rows['wikimedia/wikipedia', '20231101.en', 'train'] = lambda: endless(ROWS['multilingual']['de'])
+    assert run('base', '--out_root', tmp_path, '--train_tokens=9800') == 0
+    assert read(tmp_path / 'base')[0]['users'][0]['tokens'] == {'train': 9800, 'valid': 100, 'test': 100}
+
+
+@pytest.mark.parametrize('moment', ['open', 'read'])
+def test_hub_unreachable(moment, hub, tmp_path, capsys):
+    def rows():
+        yield from ROWS['agnews']['train']
+        raise RuntimeError('peer closed\nthe connection')
+    if moment == 'read':
+        hub.rows['fancyzhx/ag_news', None, 'train'] = rows
+    assert run('agnews', '--out_root', tmp_path / 'out', *SMALL) == 2
+    err = capsys.readouterr().err
+    assert err.count('\n') == 1 and 'fancyzhx/ag_news' in err and '--source=PATH' in err
+    assert not (tmp_path / 'out').exists()
+
+
+# ---- bad input, interruption ----------------------------------------------------------------------------------------
+
+def corrupt(file):
+    save(file, ROWS['agnews']['train'])
+    raw = file.read_bytes()
+    file.write_bytes(raw[:len(raw) // 2 - 9])
+
+
+BAD = {  # what is wrong: (arguments, words of the message, what to do to the source folder)
+    'unknown set': (['weather'], 'invalid choice', None),
+    'unknown option': (['agnews', '--tokens=3'], '--tokens=3', None),
+    'not a number': (['agnews', '--users=two'], "'two'", None),
+    'no source': (['agnews', '--source=IN/nowhere'], 'does not exist', None),
+    'empty source': (['slimpajama', '--source=IN'], 'train.jsonl', None),
+    'other format': (['agnews', '--source=IN/a.doc'], '.jsonl', lambda folder: (folder / 'a.doc').write_text('x')),
+    'language missing': (['multilingual', '--source=IN'], 'de.jsonl', lambda folder: save(folder / 'nl.csv', [{'text': 'x'}])),
+    'languages in a file': (['multilingual', '--source=IN/a.jsonl'], 'folder', lambda folder: save(folder / 'a.jsonl', [{}])),
+    'no text column': (['agnews', '--source=IN'], "'text' (there are: body, label)",
+                       lambda folder: save(folder / 'train.parquet', [{'body': 'x', 'label': 0}])),
+    'no label column': (['agnews', '--source=IN'], "'label'", lambda folder: save(folder / 'train.csv', [{'text': 'x'}])),
+    'unknown label': (['agnews', '--source=IN'], "'7'", lambda folder: save(folder / 'train.csv', [{'text': 'x', 'label': 7}])),
+    'text is no text': (['agnews', '--source=IN'], 'list',
+                        lambda folder: save(folder / 'train.jsonl', [{'text': [], 'label': 0}])),
+    'no meta column': (['slimpajama', '--source=IN'], "'meta'", lambda folder: save(folder / 'train.jsonl', [{'text': 'x'}])),
+    'odd meta': (['slimpajama', '--source=IN'], 'redpajama_set_name',
+                 lambda folder: save(folder / 'train.jsonl', [{'text': 'x', 'meta': 'Book'}])),
+    'category without rows': (['agnews', '--source=IN'], 'no documents of Sports',
+                              lambda folder: save(folder / 'train.jsonl', [{'text': str(i), 'label': 0} for i in range(9)])),
+    'no rows': (['agnews', '--source=IN'], 'no documents', lambda folder: save(folder / 'train.jsonl', [])),
+    'too few documents': (['agnews', '--source=IN'], 'empty',
+                          lambda folder: save(folder / 'train.jsonl', ROWS['agnews']['train'][:8])),
+    'truncated gzip': (['agnews', '--source=IN'], 'train.jsonl.gz', lambda folder: corrupt(folder / 'train.jsonl.gz')),
+    'truncated parquet': (['agnews', '--source=IN'], 'train.parquet', lambda folder: corrupt(folder / 'train.parquet')),
+    'truncated json': (['agnews', '--source=IN'], 'train.jsonl', lambda folder: corrupt(folder / 'train.jsonl')),
+    'not gzip': (['agnews', '--source=IN'], 'train.jsonl.gz', lambda folder: (folder / 'train.jsonl.gz').write_text('text')),
+    'not UTF-8': (['local', '--source=IN'], 'a.txt', lambda folder: (folder / 'a.txt').write_bytes(b'\xff\xfe\xfd')),
+    'not an object': (['agnews', '--source=IN'], 'not a JSON object',
+                      lambda folder: (folder / 'train.jsonl').write_text('[1]\n')),
+    'sizes of 3 users': (['agnews', '--source=IN', '--valid_tokens=9,9,9'], '--valid_tokens=9,9,9', 'agnews'),
+    'size is no number': (['agnews', '--source=IN', '--train_tokens=1e6'], '--train_tokens=1e6', 'agnews'),
+    'size of zero': (['agnews', '--source=IN', '--test_tokens=9,9,9,0'], '--test_tokens', 'agnews'),
+    'negative size': (['agnews', '--source=IN', '--test_tokens=-5'], '--test_tokens', 'agnews'),
+    'no alpha': (['agnews', '--source=IN', '--users=5'], '--alpha', 'agnews'),
+    'alpha of zero': (['agnews', '--source=IN', '--users=5', '--alpha=0'], '--alpha', 'agnews'),
+    'alpha is nan': (['agnews', '--source=IN', '--alpha=nan'], '--alpha', 'agnews'),
+    'no users': (['agnews', '--source=IN', '--users=0'], '--users', 'agnews'),
+    'negative seed': (['agnews', '--source=IN', '--seed=-1'], '--seed', 'agnews'),
+    'name with a slash': (['agnews', '--source=IN', '--name=../x'], '--name', 'agnews'),
+    'local without source': (['local'], '--source', None),
+    'local without users': (['local', '--source=IN'], 'found: none', None),
+    'local twice the same': (['local', '--source=IN'], 'a.csv, a.txt',
+                             lambda folder: [(folder / name).write_text('x') for name in ('a.txt', 'a.csv')]),
+    'demo with source': (['demo', '--source=IN'], '--source', None),
+}
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_bad_input(case, tmp_path, capsys):
+    """One line on stderr that names the culprit, exit status 2, nothing written."""
+    arguments, words, spoil = BAD[case]
+    (tmp_path / 'in').mkdir()
+    if spoil:
+        spoil(tmp_path / 'in') if callable(spoil) else source_of(spoil, tmp_path / 'in')
+    arguments = [argument.replace('=IN', f'={tmp_path / "in"}') for argument in arguments]
+    assert run('--out_root', tmp_path / 'out', '--tokenizer=bytes', *arguments) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith('prepare.py: ') and err.count('\n') == 1 and err.endswith('\n') and words in err and not out
+    assert not (tmp_path / 'out').exists()
+
+
+def test_vocabulary_not_at_hand(tmp_path, capsys, monkeypatch):
+    def get_encoding(name):
+        raise ConnectionError('no\nnetwork')
+    monkeypatch.setattr('tiktoken.get_encoding', get_encoding)
+    assert run('agnews', '--source', source_of('agnews', tmp_path / 'in'), '--out_root', tmp_path / 'out') == 2
+    err = capsys.readouterr().err
+    assert err.count('\n') == 1 and 'TIKTOKEN_CACHE_DIR' in err and not (tmp_path / 'out').exists()
+
+
+def test_force(tmp_path, capsys, monkeypatch):
+    """A finished set is refused before any work; --force replaces it, but only by a complete one."""
+    common = ['agnews', '--source', source_of('agnews', tmp_path / 'in'), '--out_root', tmp_path, *SMALL]
+    assert run(*common) == 0
+    before = hashes(tmp_path / 'agnews')
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, 'rows_of', None)  # would fail if it were called
+        assert run(*common) == 2
+    assert '--force' in capsys.readouterr().err
+    assert run(*common[:2], tmp_path / 'nowhere', *common[3:], '--force') == 2
+    assert hashes(tmp_path / 'agnews') == before
+    assert run(*common, '--force', '--seed=3') == 0
+    assert hashes(tmp_path / 'agnews') != before
+    read(tmp_path / 'agnews')
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['agnews', 'in']
+
+
+def test_force_spares_other_folders(tmp_path, capsys):
+    """A folder that prepare.py did not write is never replaced; an empty one is no obstacle."""
+    source = source_of('agnews', tmp_path / 'in')
+    assert run('agnews', '--source', source, '--out_root', tmp_path, '--name=in', '--force', *SMALL) == 2
+    assert capsys.readouterr().err.count('\n') == 1 and (source / 'train.jsonl.gz').exists()
+    (tmp_path / 'agnews').mkdir()
+    assert run('agnews', '--source', source, '--out_root', tmp_path, *SMALL) == 0
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize('where', ['write_bytes', 'write_text'])
+def test_interruption(where, error, tmp_path, monkeypatch):
+    """Stopped in the middle of writing: nothing that looks finished, the old set intact, the next run succeeds."""
+    common = ['agnews', '--source', source_of('agnews', tmp_path / 'in'), '--out_root', tmp_path, *SMALL]
+    assert run(*common, '--name=old') == 0
+    before, calls, original = hashes(tmp_path / 'old'), [], getattr(Path, where)
+
+    def failing(self, *arguments, **options):
+        calls.append(self)
+        if len(calls) == (5 if where == 'write_bytes' else 1):
+            raise error('stopped')
+        return original(self, *arguments, **options)
+
+    for arguments in ([*common, '--name=new'], [*common, '--name=old', '--force', '--seed=3']):
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, where, failing)
+            try:
+                assert run(*arguments) == 2
+            except KeyboardInterrupt:
+                assert error is KeyboardInterrupt
+    assert not (tmp_path / 'new').exists() and hashes(tmp_path / 'old') == before
+    (tmp_path / '.new.partial').mkdir()  # as after a power cut
+    (tmp_path / '.new.partial' / 'meta.json').write_text('{}')
+    assert run(*common, '--name=new') == 0
+    assert hashes(tmp_path / 'new') == before and len(list((tmp_path / 'new').iterdir())) == 13
+    assert not list(tmp_path.glob('.*'))
+
+
+def test_command(tmp_path):
+    """The command itself, from another folder: a data set, --help, and one line for a mistake."""
+    def command(*arguments):
+        return subprocess.run([sys.executable, str(ROOT / 'data' / 'prepare.py'), *map(str, arguments)], cwd=tmp_path,
+                              capture_output=True, text=True, timeout=120, check=False)
+    done = command('agnews', '--source', source_of('agnews', tmp_path / 'in'), '--out_root=out', *SMALL)
+    assert (done.returncode, done.stderr) == (0, '') and 'Sci/Tech' in done.stdout
+    assert (tmp_path / 'out' / 'agnews' / 'meta.json').exists()
+    done = command('agnews', '--source=nowhere')
+    assert done.returncode == 2 and done.stderr == 'prepare.py: --source=nowhere does not exist\n' and not done.stdout
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        prepare.main(['--help'])
+    assert end.value.code == 0 and '--alpha' in capsys.readouterr().out
+
+
+# ---- real text ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', ROWS)
+def test_real_text(name, tmp_path):
+    """A small run on real text: no window of 100 bytes, deep within documents, is in two users or two splits."""
+    source = SHARED / 'data' / name
+    if not source.exists():
+        pytest.skip('the local stand-ins (shared/data) are not here')
+    size = ['--train_tokens=60_000', '--valid_tokens=15_000', '--test_tokens=15_000', '--tokenizer=bytes', '--max_chars=9000']
+    assert run(name, '--source', source, '--out_root', tmp_path, *size) == 0
+    meta, streams = load_dataset(tmp_path / name, 128, 257)
+    assert [user['tokens'] for user in meta['users']] == [{'train': 60_000, 'valid': 15_000, 'test': 15_000}] * 4
+    owner, shared, total = {}, 0, 0
+    for i, user in enumerate(streams):
+        for split in SPLITS:
+            raw = user[split].astype(np.uint8).tobytes()
+            for start in range(0, len(raw) - 100):
+                window = hash(raw[start:start + 100])
+                shared += owner.setdefault(window, (i, split)) != (i, split)
+                total += 1
+    print(f'{shared} of {total} windows shared')
+    assert shared < total / (100 if name == 'slimpajama' else 1000)  # licence headers of code repeat; documents must not
