@@ -35,7 +35,8 @@ def evaluate(model: GPT, tokens: np.ndarray, block_size: int) -> dict:
     stream = torch.from_numpy(np.asarray(tokens).astype(np.int64))
     whole = n // block_size * block_size
     x, y = stream[:whole].view(-1, block_size), stream[1:whole + 1].view(-1, block_size)      # (windows, T) each
-    rows = min(32, max(1, 2 ** 26 // (block_size * vocab_size)))    # windows at a time: logits stay below 256 MiB
+    most = min(2 ** 26 // vocab_size, 2048 if device.type == 'cpu' else 2 ** 14)    # tokens at a time: logits below 256 MiB,
+    rows = max(1, most // block_size)                                              # and activations in a CPU's cache
     batches = [*zip(x.split(rows), y.split(rows))] if whole else []
     if whole < n:
         batches.append((stream[None, whole:n], stream[None, whole + 1:]))
@@ -102,7 +103,7 @@ def rebuild(base: GPT, tensors: dict, n_experts: int, n_generalists: int, rank: 
     model = add_lora(base, n_experts, n_generalists, rank, config['lora_alpha'], config['top_k'], routed)
     own = {name: p for name, p in model.named_parameters() if name in roles(model)}
     if tensors.keys() - own.keys():
-        raise ValueError(f'the adapter has tensors that its configuration does not name: {sorted(tensors.keys() - own.keys())[:3]}')
+        raise ValueError(f'the adapter has tensors its configuration does not name: {sorted(tensors.keys() - own.keys())[:3]}')
     with torch.no_grad():
         for name, p in own.items():
             p.copy_(tensors[name]) if name in tensors else p.zero_()
@@ -114,16 +115,25 @@ def models_of(run: Path, base: GPT) -> tuple[dict, list[GPT], GPT | None]:
     what a newcomer without data, specialist or router gets."""
     config, users, server = read_run(run)
     entry = {name: v if isinstance(v, list) else [v] * len(users) for name, v in config.items()}
-    models = [rebuild(base, tensors, entry['n_experts'][i], config['n_generalists'], entry['lora_rank'][i], config,
-                      config['router'] != 'mean') for i, tensors in enumerate(users)]
-    generalist = None
-    if server and config['n_generalists']:
-        generalist = rebuild(base, server, config['n_generalists'], config['n_generalists'], entry['lora_rank'][0], config, False)
+    n, rank, k = entry['n_experts'], entry['lora_rank'], config['n_generalists']
+    models = [rebuild(base, tensors, n[i], k, rank[i], config, config['router'] != 'mean') for i, tensors in enumerate(users)]
+    generalist = rebuild(base, server, k, k, rank[0], config, routed=False) if server and k else None
     return config, models, generalist
 
 
 def mean(values: list) -> float | None:
     return None if None in values else float(np.mean(values))
+
+
+def perplexities(models: list[GPT], streams: list[dict], block_size: int) -> list[float]:
+    return [evaluate(model, data['test'], block_size)['ppl'] for model, data in zip(models, streams)]
+
+
+def finished(run: Path, key: str, target: str) -> list[float] | None:
+    """What a finished run measured on its own target: the same code on the same text, so there is no need to repeat it."""
+    file = run / 'summary.json'
+    summary = json.loads(file.read_text()) if file.exists() else {}
+    return summary.get(key) if summary.get('target') == target else None
 
 
 def report_one(run: Path, config: dict, models: list, generalist: GPT | None, streams: list, target: str) -> None:
@@ -170,8 +180,8 @@ def main() -> None:
         data = {(run, t): load_dataset(Path('data', config['dataset']), config['block_size'], base.config.vocab_size, t)[1]
                 for run, (config, *_) in loaded.items() for t in targets}
         for run, (config, *_) in loaded.items():
-            if (config['base_sha256'], config['users']) != (first['base_sha256'], first['users']):
-                die(f'{run} has another base or other users than {args.runs[0]}: a table needs the same')
+            if any(config[k] != first[k] for k in ('base_sha256', 'users', 'dataset', 'block_size')):
+                die(f'{run} has another base, other text or other windows than {args.runs[0]}: a table needs the same')
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         die(error)
     autocast = torch.autocast(torch.device(first['device']).type, torch.bfloat16)
@@ -179,16 +189,18 @@ def main() -> None:
         if len(args.runs) == 1:
             report_one(args.runs[0], *loaded[args.runs[0]], data[args.runs[0], targets[0]], targets[0])
             return
-        rows = []
-        jobs = [('base model, untrained', args.runs[0], first, [base] * len(first['users']))]
-        jobs += [(run.name, run, config, models) for run, (config, models, _) in loaded.items()]
-        for label, run, config, models in tqdm(jobs, desc='test perplexity', disable=None, leave=False):
-            row = [label]
+        columns = {'base model': []}                                # name: perplexity of every row, target after target
+        for run, (config, models, _) in tqdm(loaded.items(), desc='test perplexity', disable=None, leave=False):
+            columns[run.name] = []
             for t in targets:
-                ppl = [evaluate(m, d['test'], config['block_size'])['ppl'] for m, d in zip(models, data[run, t])]
-                row += [*ppl, mean(ppl)]
-            rows.append(row)
-    print(table(['test perplexity', *(f'{t}: {name}' for t in targets for name in [*first['users'], 'mean'])], rows))
+                ppl = finished(run, 'test_ppl', t) or perplexities(models, data[run, t], config['block_size'])
+                columns[run.name] += [*ppl, float(np.mean(ppl))]
+        for t in targets:
+            known = filter(None, (finished(run, 'pretrained_test_ppl', t) for run in args.runs))
+            ppl = next(known, None) or perplexities([base] * len(models), data[args.runs[0], t], first['block_size'])
+            columns['base model'] += [*ppl, float(np.mean(ppl))]
+    names = [f'{t}: {name}' for t in targets for name in [*first['users'], 'mean']]
+    print(table(['test perplexity', *columns], [[name, *row] for name, row in zip(names, zip(*columns.values()))]))
 
 
 if __name__ == '__main__':

@@ -248,10 +248,11 @@ def git_commit() -> str:
         return ''
 
 
-# what must be the same for a run to be continued: every switch that shapes the numbers, the base and the data
-identity = {**{k: v for k, v in config.items() if k not in ('out_dir', 'resume', 'overwrite', 'device')},
-            'base': fingerprint(base), 'data': [u['sha256'] for u in meta['users']]}
-identity = json.loads(json.dumps(identity))
+# what must be the same for a run to be continued: the base, the data and every switch that shapes the numbers
+free = ('out_dir', 'resume', 'overwrite', 'device', 'init_from', 'dataset')
+identity = {**{k: v for k, v in config.items() if k not in free}, 'base': fingerprint(base),
+            'data': [u['sha256'] for u in meta['users']]}
+identity = json.loads(json.dumps(identity))                  # as a file gives it back: tuples are lists
 start, clock = 0, {'seconds': 0.0, 'training': 0.0}
 if resume:
     try:
@@ -286,8 +287,8 @@ metrics.seek(0, os.SEEK_END)
 
 # ---- before round 1: the base as it is -----------------------------------------------------------------------------
 print(f'{method} on {dataset} ({target}): {N} users, {sum(p.numel() for p in base.parameters()):,} frozen parameters, '
-      f'{sum(p.numel() for p in users[0].adapter.values()):,} trainable (user 0), {message_bytes:,} bytes up per user and round, '
-      f'{device} {dtype}')
+      f'{sum(p.numel() for p in users[0].adapter.values()):,} trainable (user 0), {message_bytes:,} bytes up '
+      f'per user and round, {device} {dtype}')
 began, t = time.time() - clock['seconds'], start - 1
 if start == 0:
     for user in users:

@@ -151,5 +151,6 @@ def package_readmes() -> Iterable[str]:
     for package in sorted(metadata.distributions(), key=lambda d: (d.metadata['Name'] or '').lower()):
         yield package.metadata.get_payload() or ''
         for file in sorted(package.files or [], key=str):
-            if re.search(r'(licen[cs]e|notice|copying)', file.name.lower()) and file.suffix.lower() in ('', '.txt', '.md', '.rst'):
+            name, suffix = file.name.lower(), file.suffix.lower()
+            if re.search(r'licen[cs]e|notice|copying', name) and suffix in ('', '.txt', '.md', '.rst'):
                 yield read(Path(file.locate()))

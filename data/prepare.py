@@ -31,7 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.stream import SPLITS, encoding
 
-DEMO_TOKENS = {'train': (60_000, 100_000, 160_000, 240_000), 'valid': 32_000, 'test': 64_000}
+DEMO_TOKENS = {'train': (40_000, 60_000, 80_000, 60_000), 'valid': 24_000, 'test': 40_000}
 BASE_TOKENS = 80_000_000     # English Wikipedia to take from the Hub for base; everything when it comes from --source
 BATCH_CHARS = 1_000_000      # text that is tokenised at once
 LEAD = 2                     # tokens of a separator, at most; a stream's first document loses its own

@@ -26,7 +26,7 @@ def encoding(name: str) -> tiktoken.Encoding:
         return tiktoken.get_encoding('gpt2')
     except Exception as error:
         raise OSError(f"GPT-2's vocabulary is neither cached nor reachable ({type(error).__name__}): connect once, or set "
-                      'TIKTOKEN_CACHE_DIR to a folder with tiktoken\'s two cached GPT-2 files, or use --tokenizer=bytes') from None
+                      'TIKTOKEN_CACHE_DIR to a folder with its two cached files, or use --tokenizer=bytes') from None
 
 
 def load_dataset(folder: str | Path, block_size: int, vocab_size: int, target: str = 'own') -> tuple[dict, list[dict]]:

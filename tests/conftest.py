@@ -27,9 +27,10 @@ def write_dataset(folder: Path, streams: list[dict], vocab_size: int = 257, toke
         raw = {split: np.asarray(tokens).astype('<u2').tobytes() for split, tokens in user.items()}
         for split, data in raw.items():
             (folder / f'user{i}_{split}.bin').write_bytes(data)
-        users.append({'name': f'user {i}', 'tokens': {s: len(d) // 2 for s, d in raw.items()},
+        n = {split: len(data) // 2 for split, data in raw.items()}
+        users.append({'name': f'user {i}', 'tokens': n, 'bytes': n, 'documents': dict.fromkeys(n, 1),
                       'sha256': {s: hashlib.sha256(d).hexdigest() for s, d in raw.items()}})
-    meta = {'dtype': '<u2', 'vocab_size': vocab_size, 'tokenizer': tokenizer, 'users': users}
+    meta = {'dtype': '<u2', 'vocab_size': vocab_size, 'tokenizer': tokenizer, 'users': users, 'source': ['made up']}
     (folder / 'meta.json').write_text(json.dumps(meta))
     return folder
 

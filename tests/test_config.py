@@ -93,7 +93,8 @@ def test_bad_files(text, message, tmp_path, capsys):
 def test_every_shipped_config_names_known_switches():
     import ast
     source = (ROOT / 'train.py').read_text().partition('configure(globals()')[0]
-    known = {t.id for node in ast.parse(source.rpartition('\nconfig = ')[0]).body if isinstance(node, ast.Assign) for t in node.targets}
+    tree = ast.parse(source.rpartition('\nconfig = ')[0])
+    known = {t.id for node in tree.body if isinstance(node, ast.Assign) for t in node.targets}
     files = sorted((ROOT / 'config').glob('*.py'))
     assert len(files) >= 5
     for file in files:

@@ -24,8 +24,8 @@ def test_every_token_but_the_first_is_predicted_once(n, tiny):
             window = torch.from_numpy(tokens[start:start + 17])
             logits = tiny.model(window[None, :-1])[0][0]
             total += F.cross_entropy(logits, window[1:], reduction='sum').item()
-    assert result['tokens'] == n - 1
-    assert result['loss'] == pytest.approx(total / (n - 1), rel=1e-5) and result['ppl'] == pytest.approx(math.exp(result['loss']))
+    assert result['tokens'] == n - 1 and result['loss'] == pytest.approx(total / (n - 1), rel=1e-5)
+    assert result['ppl'] == pytest.approx(math.exp(result['loss']))
 
 
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary():
@@ -71,7 +71,8 @@ def test_report_of_a_finished_run(train, monkeypatch, capsys):
     # the generalist alone is one model for all: the server's tensors, no specialist, no router
     one = run.users[1]                                    # has a generalist only, and holds the server's tensors now
     assert said['users'][1]['generalist_test_ppl'] == pytest.approx(run.summary['aggregated_test_ppl'][1], rel=1e-6)
-    assert said['users'][0]['generalist_test_ppl'] == pytest.approx(evaluate(one.model, run.users[0].data['test'], 16)['ppl'], rel=1e-6)
+    alone = evaluate(one.model, run.users[0].data['test'], 16)['ppl']
+    assert said['users'][0]['generalist_test_ppl'] == pytest.approx(alone, rel=1e-6)
     assert 'generalist alone' in capsys.readouterr().out
 
 
@@ -92,13 +93,25 @@ def test_nothing_shared_has_no_generalist(train, monkeypatch):
 
 
 def test_table_of_several_runs(train, monkeypatch, capsys):
-    a, b = train('--method=local', out='a'), train('--method=fedavg', out='b')
+    """A row per target and user; what a run measured itself is taken from it, the rest is evaluated."""
+    a, b = train('--method=local', out='a'), train('--method=fedavg', '--target=mixture', out='b')
     capsys.readouterr()
     report(monkeypatch, a.out, b.out, '--target=own,mixture')
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5 and lines[0].count('own:') == lines[0].count('mixture:') == 4
-    assert lines[2].startswith('base model') and f'{a.summary["mean_test_ppl"]:.3f}' in lines[3]
-    assert f'{b.summary["test_ppl"][2]:.3f}' in lines[4]
+    lines = [line.split('  ') for line in capsys.readouterr().out.splitlines()]
+    cells = {line[0]: [float(c) for c in line[1:] if c.strip()] for line in lines[2:]}
+    assert lines[0][0] == 'test perplexity' and len(cells) == 2 * (3 + 1) and all(len(row) == 3 for row in cells.values())
+    assert cells['own: mean'][:2] == [round(np.mean(a.summary[k]), 3) for k in ('pretrained_test_ppl', 'test_ppl')]
+    assert cells['mixture: user 2'][2] == round(b.summary['test_ppl'][2], 3)
+    for path in (a.out, b.out):                                          # without their summaries all is evaluated
+        (path / 'summary.json').unlink()
+    report(monkeypatch, a.out, b.out, '--target=own,mixture')
+    again = [line.split('  ') for line in capsys.readouterr().out.splitlines()]
+    again = {line[0]: [float(c) for c in line[1:] if c.strip()] for line in again[2:]}
+    assert [row[1] for row in again.values()] == pytest.approx([row[1] for row in cells.values()], abs=2e-3)
+    other = train('--block_size=8', out='c')
+    with pytest.raises(SystemExit):
+        report(monkeypatch, a.out, other.out)
+    assert 'other windows' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('spoil, args, message', [
@@ -129,4 +142,5 @@ def test_another_base_is_refused(train, monkeypatch, capsys, tiny, tmp_path):
 
 
 def test_table_layout():
-    assert table(['a', 'long name'], [['x', 1.23456], ['yy', None]]) == 'a   long name\n-------------\nx       1.235\nyy          -'
+    text = table(['a', 'long name'], [['x', 1.23456], ['yy', None]])
+    assert text.splitlines() == ['a   long name', '-------------', 'x       1.235', 'yy          -']

@@ -16,8 +16,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import prepare
-from data.stream import SPLITS, encoding, load_dataset
+from data import prepare  # noqa: E402
+from data.stream import SPLITS, encoding, load_dataset  # noqa: E402
 
 SHARED = ROOT.parent / 'shared'
 LANGUAGES, SOURCES = ('de', 'nl', 'fr', 'it'), ('StackExchange', 'Github', 'ArXiv', 'Book')

@@ -14,7 +14,8 @@ SMALL = ('--n_layer=1', '--n_head=1', '--n_embd=16', '--n_positions=32', '--batc
 
 
 def pretrain(tiny, *args):
-    return subprocess.run([sys.executable, 'pretrain.py', f'--dataset={tiny.data}', *SMALL, *args], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, 'pretrain.py', f'--dataset={tiny.data}', *SMALL, *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
 def test_a_base_learns_and_says_how_it_was_made(tiny, tmp_path):

@@ -169,8 +169,8 @@ def test_a_single_user_has_nobody_to_share_with(train, tmp_path, monkeypatch):
     real = lora_moe.initial
 
     def by_number(name, shape, *key):
-        return real(name.replace('specialists.1', 'specialists.0') if by_number.two else name.replace('generalists', 'specialists'),
-                    shape, 'same for all')
+        one = name.replace('specialists.0', 'specialists.1').replace('generalists.0', 'specialists.0')     # as 2S names them
+        return real(name if by_number.two else one, shape, 'same for all')
     folder = write_dataset(tmp_path / 'one', [user_streams(0, 300)])
     monkeypatch.setattr(lora_moe, 'initial', by_number)
     runs = []
@@ -328,11 +328,7 @@ def corrupt(folder, kind):
         raw[10] ^= 1
         (folder / 'user0_test.bin').write_bytes(raw)
     elif kind == 'vocabulary':
-        meta['vocab_size'] = 100
-        meta['vocab_size'] = 257
-        raw = np.full(150, 300, '<u2').tobytes()
-        (folder / 'user0_test.bin').write_bytes(raw)
-        (folder / 'meta.json').write_text(json.dumps(meta))
+        (folder / 'user0_test.bin').write_bytes(np.full(150, 300, '<u2').tobytes())
     elif kind == 'tokenizer':
         (folder / 'meta.json').write_text(json.dumps({**meta, 'vocab_size': 50257, 'tokenizer': 'gpt2'}))
     elif kind == 'meta':
@@ -354,7 +350,7 @@ def test_a_run_is_never_overwritten_by_accident(train, tmp_path, capsys):
     first = train()
     files = {f: f.read_bytes() for f in first.out.rglob('*') if f.is_file()}
     assert 'already holds a finished run' in refused(capsys, train)
-    assert 'another seed, rounds' in refused(capsys, train, '--resume', '--seed=1', '--rounds=9').replace('rounds, seed', 'seed, rounds')
+    assert 'made with another rounds, seed;' in refused(capsys, train, '--resume', '--seed=1', '--rounds=9')
     assert all(f.read_bytes() == content for f, content in files.items())
     train('--overwrite', '--seed=1')
     (first.out / 'checkpoint.pt').write_bytes(b'broken')
@@ -367,8 +363,10 @@ def test_bad_input_from_the_shell(tiny, tmp_path):
     """As a person meets it: one line on stderr, exit code 2, no traceback, and no heavy optional import on the way."""
     code = 'import runpy, sys; sys.argv[0] = "train.py"\ntry: runpy.run_path("train.py", run_name="__main__")\n' \
            'finally: assert not {"datasets", "matplotlib", "transformers"} & set(sys.modules)'
-    for args, message in ((['--rounds=x'], 'expected int'), ([f'--init_from={tiny.base}', f'--dataset={tiny.folder}'], 'no data set')):
-        done = subprocess.run([sys.executable, '-c', code, *args, f'--out_dir={tmp_path}/x'], capture_output=True, text=True, cwd=ROOT)
+    no_data = [f'--init_from={tiny.base}', f'--dataset={tiny.folder}']
+    for args, message in ((['--rounds=x'], 'expected int'), (no_data, 'no data set')):
+        command = [sys.executable, '-c', code, *args, f'--out_dir={tmp_path}/x']
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 2 and done.stderr.count('\n') == 1 and message in done.stderr
     assert not (tmp_path / 'x').exists()
 
