@@ -41,7 +41,7 @@ def evaluate(model: GPT, tokens: np.ndarray, block_size: int) -> dict:
     if whole < n:
         batches.append((stream[None, whole:n], stream[None, whole + 1:]))
     total, scores, top1 = 0.0, None, None
-    for x, y in batches:
+    for x, y in tqdm(batches, desc='evaluate', delay=2, leave=False, disable=None):     # shown if it takes long
         loss, routing = model.loss(x.to(device), y.to(device))
         total += loss.item() * y.numel()
         if routing[0] is not None:
@@ -49,8 +49,13 @@ def evaluate(model: GPT, tokens: np.ndarray, block_size: int) -> dict:
             seen = torch.stack([r.probs.sum(0) for r in routing]).double().cpu()                              # (L, E)
             best = torch.stack([r.chosen[:, 0].bincount(minlength=E) for r in routing]).double().cpu()        # (L, E)
             scores, top1 = (seen, best) if scores is None else (scores + seen, top1 + best)
-    return {'loss': total / n, 'ppl': math.exp(total / n), 'tokens': n,
+    return {'loss': total / n, 'ppl': perplexity(total / n), 'tokens': n,
             'scores': None if scores is None else (scores / n).tolist(), 'top1': None if top1 is None else (top1 / n).tolist()}
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats per token; inf where a float cannot hold it."""
+    return math.exp(loss) if loss < 709 else math.inf
 
 
 def fingerprint(model: GPT) -> str:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from configurator import configure, die
 from data.stream import get_batch, load_dataset
-from eval import evaluate, fingerprint, table
+from eval import evaluate, fingerprint, perplexity, table
 from federate import fedavg, n_bytes, shared_names
 from lora_moe import add_lora, initial, load_balance_loss, roles
 from model import GPT, load_gpt
@@ -149,6 +149,7 @@ for i in range(N):
         expert_opt=torch.optim.AdamW(theta + phi if router_data == 'joint' else theta, lr=expert_lr, **adamw),
         router_opt=torch.optim.AdamW(phi, lr=router_lr, **adamw) if phi and router_data != 'joint' else None,
         expert_steps=0, router_steps=0)
+    user.trainable = sum(p.numel() for opt in (user.expert_opt, user.router_opt) if opt for p in opt.param_groups[0]['params'])
     users.append(user)
 shared = shared_names(users[0].role, share_attention) if aggregate != 'none' else []
 server = {name: initial(name, users[0].adapter[name].shape, seed, 'server') for name in shared}
@@ -194,10 +195,12 @@ def upload(user: SimpleNamespace) -> dict:
     return {name: user.adapter[name].detach().clone() for name in shared}
 
 
-def test_perplexity(user: SimpleNamespace, model: GPT) -> float:
-    """Perplexity of a model on the user's whole test split."""
+def test_perplexity(user: SimpleNamespace, model: GPT, when: str) -> float:
+    """Perplexity of a model on the user's whole test split, which nothing else ever reads."""
     with autocast:
-        return evaluate(model, user.data['test'], block_size)['ppl']
+        result = evaluate(model, user.data['test'], block_size)
+    log('eval', step=user.expert_steps, user=user.id, split='test', when=when, loss=result['loss'], ppl=result['ppl'])
+    return result['ppl']
 
 
 # ---- files of the run ----------------------------------------------------------------------------------------------
@@ -219,18 +222,20 @@ def write_atomically(file: Path, write) -> None:
 def save_checkpoint() -> None:
     state = {'round': t + 1, 'server': server, 'identity': identity, 'metrics_bytes': metrics.tell(), 'clock': clock,
              'users': [{'adapter': {n: p.detach() for n, p in u.adapter.items()}, 'test_ppl': u.test_ppl,
-                        'expert_steps': u.expert_steps, 'router_steps': u.router_steps, 'expert_opt': u.expert_opt.state_dict(),
+                        'pretrained_ppl': u.pretrained_ppl, 'expert_steps': u.expert_steps, 'router_steps': u.router_steps,
+                        'expert_opt': u.expert_opt.state_dict(),
                         'router_opt': u.router_opt.state_dict() if u.router_opt else None} for u in users]}
     write_atomically(out / 'checkpoint.pt', lambda file: torch.save(state, file))
 
 
 def save_adapters() -> None:
-    """Each user's own tensors, and the server's, with what is needed to rebuild the model around them."""
+    """Each user's own tensors, and the server's, with what a reader needs to rebuild the model around them."""
     (out / 'adapters').mkdir(exist_ok=True)
     for u in users:
         facts = {'user': u.id, 'name': u.name, 'base': init_from, 'base_sha256': identity['base'], 'method': method,
                  'n_experts': per_user('n_experts')[u.id], 'n_generalists': n_generalists, 'rank': per_user('lora_rank')[u.id],
-                 'attention_rank': 8, 'alpha': lora_alpha, 'scaling': lora_alpha / math.sqrt(per_user('lora_rank')[u.id]),
+                 'attention_rank': u.model.h[0].attn.c_attn.lora.A.shape[0], 'alpha': lora_alpha,
+                 'scaling': lora_alpha / math.sqrt(per_user('lora_rank')[u.id]),
                  'top_k': top_k, 'router': router, 'round': rounds}
         tensors = {name: p.detach().cpu().contiguous() for name, p in u.adapter.items()}
         write_atomically(out / 'adapters' / f'user{u.id}.safetensors',
@@ -268,7 +273,8 @@ if resume:
         user.expert_opt.load_state_dict(saved['expert_opt'])
         if user.router_opt:
             user.router_opt.load_state_dict(saved['router_opt'])
-        user.expert_steps, user.router_steps, user.test_ppl = saved['expert_steps'], saved['router_steps'], saved['test_ppl']
+        for count in ('expert_steps', 'router_steps', 'test_ppl', 'pretrained_ppl'):
+            setattr(user, count, saved[count])
     with open(out / 'metrics.jsonl', 'rb+') as f:
         f.truncate(state['metrics_bytes'])                   # lines of a round that was not finished are run again
 else:
@@ -287,18 +293,12 @@ metrics.seek(0, os.SEEK_END)
 
 # ---- before round 1: the base as it is -----------------------------------------------------------------------------
 print(f'{method} on {dataset} ({target}): {N} users, {sum(p.numel() for p in base.parameters()):,} frozen parameters, '
-      f'{sum(p.numel() for p in users[0].adapter.values()):,} trainable (user 0), {message_bytes:,} bytes up '
+      f'{users[0].trainable if rounds else 0:,} trainable (user 0), {message_bytes:,} bytes up '
       f'per user and round, {device} {dtype}')
 began, t = time.time() - clock['seconds'], start - 1
 if start == 0:
     for user in users:
-        user.test_ppl = user.pretrained_ppl = test_perplexity(user, base)
-        log('eval', step=0, user=user.id, split='test', when='pretrained', loss=math.log(user.test_ppl), ppl=user.test_ppl)
-else:
-    with open(out / 'metrics.jsonl', encoding='utf-8') as f:
-        first = [json.loads(line) for line in f.readlines()[:N]]
-    for user, line in zip(users, first):
-        user.pretrained_ppl = line['ppl']
+        user.test_ppl = user.pretrained_ppl = test_perplexity(user, base, 'pretrained')
 
 # ---- Algorithm 1 ---------------------------------------------------------------------------------------------------
 bar = tqdm(total=rounds * N * local_steps, initial=start * N * local_steps, disable=None, unit='step', smoothing=0.05)
@@ -314,21 +314,23 @@ for t in range(start, rounds):
             # eq. (2), lower level: experts descend on the training set, router fixed
             ce, lb = descend(user, user.expert_opt, user.data['train'], (seed, user.id, 0, user.expert_steps))
             user.expert_steps += 1
-            log('train', step=user.expert_steps, user=user.id, loss=ce, ppl=math.exp(ce), lb=lb, lr=lr)
+            log('train', step=user.expert_steps, user=user.id, loss=ce, ppl=perplexity(ce), lb=lb, lr=lr)
+            if not math.isfinite(ce):
+                sys.exit(f'user {user.id} ({user.name}): the training loss is {ce} at step {user.expert_steps}: '
+                         f'lower --expert_lr; the last finished round is in {out_dir}/checkpoint.pt')
             if user.router_opt and user.expert_steps % router_every == 0:
                 for _ in range(router_steps):
                     # eq. (3), upper level: the router descends on the validation set, experts fixed
                     ce_valid, lb = descend(user, user.router_opt, user.data[router_data], (seed, user.id, 1, user.router_steps))
                     user.router_steps += 1
                     log('router', step=user.expert_steps, router_step=user.router_steps, user=user.id, loss=ce_valid,
-                        ppl=math.exp(ce_valid), lb=lb, lr=router_lr)
+                        ppl=perplexity(ce_valid), lb=lb, lr=router_lr)
             bar.update()
-            bar.set_postfix(round=t + 1, user=user.id, loss=f'{ce:.3f}', ppl=f'{np.mean([u.test_ppl for u in users]):.3f}')
+            bar.set_postfix({'round': t + 1, 'user': user.name, 'loss': f'{ce:.3f}',
+                             'test ppl': f'{np.mean([u.test_ppl for u in users]):.3f}'})
         clock['training'] += time.time() - tic
         if last or (t + 1) % eval_every == 0:                # after local steps, before aggregation
-            user.test_ppl = test_perplexity(user, user.model)
-            log('eval', step=user.expert_steps, user=user.id, split='test', when='local', loss=math.log(user.test_ppl),
-                ppl=user.test_ppl)
+            user.test_ppl = test_perplexity(user, user.model, 'local')
         log('comm', step=user.expert_steps, user=user.id, bytes_up=message_bytes, bytes_down=message_bytes)
     if server:
         server = fedavg([upload(user) for user in users])    # θ^G = 1/N Σ_i θ_i^G
@@ -343,9 +345,7 @@ save_adapters()
 if server and rounds:                                        # the same users once more, with the averaged generalists
     for user in users:
         load(user, server)
-        user.aggregated_ppl = test_perplexity(user, user.model)
-        log('eval', step=user.expert_steps, user=user.id, split='test', when='aggregated', loss=math.log(user.aggregated_ppl),
-            ppl=user.aggregated_ppl)
+        user.aggregated_ppl = test_perplexity(user, user.model, 'aggregated')
 metrics.close()
 trained = [user.expert_steps + user.router_steps for user in users]
 summary = {
@@ -353,7 +353,7 @@ summary = {
     'mean_test_ppl': float(np.mean([u.test_ppl for u in users])), 'test_ppl': [u.test_ppl for u in users],
     'pretrained_test_ppl': [u.pretrained_ppl for u in users],
     'aggregated_test_ppl': [u.aggregated_ppl for u in users] if server and rounds else None,
-    'trainable_params': [sum(p.numel() for p in u.adapter.values()) for u in users] if rounds else [0] * N,
+    'trainable_params': [u.trainable if rounds else 0 for u in users],
     'shared_params': sum(v.numel() for v in server.values()),
     'bytes_up': message_bytes * rounds * N, 'bytes_down': message_bytes * rounds * N,
     'seconds': time.time() - began,

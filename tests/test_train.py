@@ -279,6 +279,21 @@ def test_resume_is_bit_identical(train, monkeypatch, args):
     assert all(whole.summary[k] == resumed.summary[k] for k in keys)
 
 
+def test_bfloat16(train):
+    """bf16 autocast changes the numbers a little and nothing else; adapters stay float32."""
+    a, b = (train('--method=comigs_1gxs', '--n_experts=3', f'--dtype={dtype}', out=dtype) for dtype in ('float32', 'bfloat16'))
+    assert a.summary['test_ppl'] != b.summary['test_ppl']
+    assert a.summary['test_ppl'] == pytest.approx(b.summary['test_ppl'], rel=0.05)
+    assert all(p.dtype == torch.float32 for p in b.users[0].adapter.values())
+
+
+def test_a_run_that_diverges_stops_with_one_line(train, tmp_path):
+    """No NaN is averaged into the others' generalists; what finished before stays."""
+    with pytest.raises(SystemExit, match='training loss is .* lower --expert_lr'):
+        train('--expert_lr=1e30', '--rounds=4')
+    assert not (tmp_path / 'run' / 'summary.json').exists()
+
+
 # ---- bad input: one line, exit code 2, nothing written --------------------------------------------------------------
 def refused(capsys, run, *args) -> str:
     with pytest.raises(SystemExit) as exit:
