@@ -1,8 +1,8 @@
 """Real text that lies on every machine that can run this project: the files of Python and of the installed packages.
 
 Four kinds, one per user of the demo, and other packages' code for the base model. Everything is read as text; no
-package is imported. The result depends on the installed versions only: files are visited in the order of their paths'
-hashes, which scatters over the packages whatever is taken first."""
+package is imported. The result depends on the versions of Python and of requirements.txt's packages only: files are
+visited in the order of their paths' hashes, which scatters over the packages whatever is taken first."""
 import ast
 import hashlib
 import re
@@ -13,6 +13,7 @@ from pathlib import Path
 
 STDLIB = Path(sysconfig.get_path('stdlib'))
 PACKAGES = Path(sysconfig.get_path('purelib'))
+REQUIREMENTS = Path(__file__).parent.parent / 'requirements.txt'
 DOCSTRINGS_OF = ('torch', 'numpy', 'matplotlib', 'networkx')     # the prose user reads these, the base must not
 CODE_FOR_BASE = ('pandas', 'sympy', 'transformers', 'peft', 'fontTools', 'pip', 'aiohttp', 'fsspec', 'PIL', 'mpmath')
 HEADERS_FOR_BASE = ('pyarrow/include', 'numpy/_core/include')
@@ -147,8 +148,19 @@ def prose(text: str) -> list[str]:
 
 
 def package_readmes() -> Iterable[str]:
-    """Long descriptions (READMEs) and licences out of the installed packages' metadata."""
-    for package in sorted(metadata.distributions(), key=lambda d: (d.metadata['Name'] or '').lower()):
+    """Long descriptions (READMEs) and licences out of the metadata of requirements.txt's packages and all that they need,
+    by name; not of whatever else is installed, so that adding a package leaves the demo as it is."""
+    names, packages = re.findall(r'^[\w.-]+', REQUIREMENTS.read_text(), re.M), {}
+    while names:
+        name = re.sub(r'[-_.]+', '-', names.pop()).lower()
+        try:
+            package = packages.get(name) or metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue                                # needed elsewhere: on another system, or for an extra
+        if name not in packages:
+            packages[name] = package
+            names += [re.match(r'[\w.-]+', need)[0] for need in package.requires or [] if 'extra ==' not in need]
+    for _, package in sorted(packages.items()):
         yield package.metadata.get_payload() or ''
         for file in sorted(package.files or [], key=str):
             name, suffix = file.name.lower(), file.suffix.lower()
