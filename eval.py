@@ -46,8 +46,8 @@ def evaluate(model: GPT, tokens: np.ndarray, block_size: int) -> dict:
         total += loss.item() * y.numel()
         if routing[0] is not None:
             E = routing[0].probs.shape[1]
-            seen = torch.stack([r.probs.sum(0) for r in routing]).double().cpu()                              # (L, E)
-            best = torch.stack([r.chosen[:, 0].bincount(minlength=E) for r in routing]).double().cpu()        # (L, E)
+            seen = torch.stack([r.probs.sum(0) for r in routing]).cpu().double()                              # (L, E)
+            best = torch.stack([r.chosen[:, 0].bincount(minlength=E) for r in routing]).cpu().double()        # (L, E)
             scores, top1 = (seen, best) if scores is None else (scores + seen, top1 + best)
     return {'loss': total / n, 'ppl': perplexity(total / n), 'tokens': n,
             'scores': None if scores is None else (scores / n).tolist(), 'top1': None if top1 is None else (top1 / n).tolist()}

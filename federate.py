@@ -33,5 +33,5 @@ def fedavg(updates: list[Tensors]) -> Tensors:
         total = torch.zeros(t.shape, dtype=torch.float64)
         for update in updates:
             total += update[name].cpu()
-        mean[name] = (total / len(updates)).to(t)
+        mean[name] = (total / len(updates)).to(t.dtype).to(t.device)
     return mean
