@@ -66,12 +66,14 @@ def fingerprint(model: GPT) -> str:
     return digest.hexdigest()
 
 
-def table(header: list, rows: list[list]) -> str:
-    """A text table; floats with three decimals, the first column to the left."""
+def table(header: list, rows: list[list], left: int = 1) -> str:
+    """A text table; floats with three decimals, the first columns (`left` of them) to the left."""
     cells = [[f'{c:.3f}' if isinstance(c, float) else '-' if c is None else str(c) for c in row] for row in [header, *rows]]
+    cells = [row + [''] * (max(map(len, cells)) - len(row)) for row in cells]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ['  '.join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))) for row in cells]
-    return '\n'.join([lines[0], '-' * len(lines[0]), *lines[1:]])
+    lines = ['  '.join(c.rjust(w) if i >= left else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+             for row in cells]
+    return '\n'.join([lines[0], '-' * max(map(len, lines)), *lines[1:]])
 
 
 def read_run(run: Path) -> tuple[dict, list[dict], dict]:
@@ -82,7 +84,7 @@ def read_run(run: Path) -> tuple[dict, list[dict], dict]:
     except FileNotFoundError:
         raise ValueError(f'{run} is no run: it has no config.json') from None
     if (run / 'summary.json').exists():
-        files = [run / 'adapters' / f'user{i}.safetensors' for i in range(len(config['users']))]
+        files = [run / 'adapters' / f'user{i}.safetensors' for i in range(1 if config['pooled'] else len(config['users']))]
         users = [read_adapter(file) for file in files]
         server_file = run / 'adapters' / 'server.safetensors'
         return config, users, read_adapter(server_file) if server_file.exists() else {}
@@ -105,7 +107,8 @@ def read_adapter(file: Path) -> dict:
 
 def rebuild(base: GPT, tensors: dict, n_experts: int, n_generalists: int, rank: int, config: dict, routed: bool) -> GPT:
     """base with LoRA around it, filled with saved tensors; names that are not there stay at zero, as B does."""
-    model = add_lora(base, n_experts, n_generalists, rank, config['lora_alpha'], config['top_k'], routed)
+    model = add_lora(base, n_experts, n_generalists, rank, config['lora_alpha'], config['top_k'], routed,
+                     config['routing_unit'], config['one_routing'])
     own = {name: p for name, p in model.named_parameters() if name in roles(model)}
     if tensors.keys() - own.keys():
         raise ValueError(f'the adapter has tensors its configuration does not name: {sorted(tensors.keys() - own.keys())[:3]}')
@@ -121,9 +124,14 @@ def models_of(run: Path, base: GPT) -> tuple[dict, list[GPT], GPT | None]:
     config, users, server = read_run(run)
     entry = {name: v if isinstance(v, list) else [v] * len(users) for name, v in config.items()}
     n, rank, k = entry['n_experts'], entry['lora_rank'], config['n_generalists']
+    if config['aggregate'] == 'flora':                              # the base that the last round began with
+        merged = run / 'adapters' / 'base.safetensors'
+        if not merged.exists():
+            raise ValueError(f'{run} merges into its base, which it saves when it has finished: wait for that')
+        base = load_gpt(str(merged)).to(base.wte.weight.device)
     models = [rebuild(base, tensors, n[i], k, rank[i], config, config['router'] != 'mean') for i, tensors in enumerate(users)]
     generalist = rebuild(base, server, k, k, rank[0], config, routed=False) if server and k else None
-    return config, models, generalist
+    return config, models * len(config['users']) if config['pooled'] else models, generalist
 
 
 def mean(values: list) -> float | None:

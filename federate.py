@@ -1,17 +1,23 @@
-"""What leaves a user, and how the server combines it. Pure functions on dicts {name: tensor}; no state.
+"""What leaves a user, and how it is combined: one pure function per rule, on dicts {name: tensor}; no state.
 
-A user's tensors and their roles come from lora_moe.roles. What may leave is decided here and nowhere else (METHOD 0.5):
-generalists, and the attention LoRAs if they are shared. Specialists, routers, optimizer state and text never do.
-Another aggregation rule is another function like `fedavg`, chosen by one line of train.py."""
+A user's tensors and their roles come from lora_moe.roles. What may leave is decided by `shared_names` and nowhere else
+(METHOD 0.5): generalists, and the attention LoRAs if they are shared. Specialists, routers, optimizer state and text never
+do. An update is what one user sends: {name: tensor}, every LoRA a pair NAME.A (r, in) and NAME.B (out, r), ΔW = γ B A.
+Sums run in float64 over values sorted along the users, so neither the users' order nor their arrival changes a bit.
+
+Shapes: N users, r_k the rank of user k, P positions of public text, K likeliest tokens at each, V vocabulary.
+"""
 import torch
+import torch.nn.functional as F
 
 Tensors = dict[str, torch.Tensor]
+Predictions = tuple[torch.Tensor, torch.Tensor]     # token ids (P, K) int32, their logits or probabilities (P, K) float16
 
 
-def shared_names(roles: dict[str, str], share_attention: bool) -> list[str]:
-    """Names of the tensors that leave the user, in the model's order. roles: {name: role}."""
+def shared_names(roles: dict[str, str], share_attention: bool, factors: str = 'AB') -> list[str]:
+    """Names of the tensors that leave the user, in the model's order. roles: {name: role}; factors: which of A and B."""
     leaving = {'generalist', 'attention'} if share_attention else {'generalist'}
-    return [name for name, role in roles.items() if role in leaving]
+    return [name for name, role in roles.items() if role in leaving and name[-1] in factors]
 
 
 def n_bytes(tensors: Tensors) -> int:
@@ -19,19 +25,206 @@ def n_bytes(tensors: Tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def fedavg(updates: list[Tensors]) -> Tensors:
-    """θ = 1/N Σ_i θ_i for every tensor: parameters, not gradients, uniform weights (paper Algorithm 1; McMahan 2017).
-
-    updates: one dict per user, all with the same names and shapes (else ValueError). Summed in user order in float64, so
-    the result does not depend on when an update arrived; returned in the updates' dtype."""
+def stacked(updates: list[Tensors]) -> dict[str, torch.Tensor]:
+    """{name: (N, ...) float64 on the CPU}. Raises ValueError unless all updates have the same names and shapes."""
     first = {name: t.shape for name, t in updates[0].items()}
     for i, update in enumerate(updates):
         if {name: t.shape for name, t in update.items()} != first:
             raise ValueError(f'update {i} has other tensors or shapes than update 0: all users share the same generalists')
-    mean = {}
-    for name, t in updates[0].items():
-        total = torch.zeros(t.shape, dtype=torch.float64)
-        for update in updates:
-            total += update[name].cpu()
-        mean[name] = (total / len(updates)).to(t.dtype).to(t.device)
-    return mean
+    return {name: torch.stack([update[name].cpu().double() for update in updates]) for name in first}
+
+
+def like(values: Tensors, update: Tensors) -> Tensors:
+    return {name: v.to(update[name].dtype).to(update[name].device) for name, v in values.items()}
+
+
+# ---- means of parameters -------------------------------------------------------------------------------------------
+def weighted_sum(updates: list[Tensors], weights: list[float]) -> Tensors:
+    """Σ_k w_k θ_k for every tensor."""
+    total = {}
+    for name, t in stacked(updates).items():
+        w = torch.tensor(weights, dtype=torch.float64).view(-1, *[1] * (t.dim() - 1))           # (N, 1, ...)
+        total[name] = (w * t).sort(0).values.sum(0)
+    return like(total, updates[0])
+
+
+def fedavg(updates: list[Tensors]) -> Tensors:
+    """θ = 1/N Σ_i θ_i for every tensor: parameters, not gradients, uniform weights (paper Algorithm 1; McMahan 2017).
+
+    On A and B apart: mean(B) mean(A) is not mean(B A) in general. It is with FFA-LoRA (2403.12313), where every A is frozen
+    at a start common to all and only B leaves. FedSA-LoRA (2410.01463) keeps every B and averages A."""
+    return weighted_sum(updates, [1 / len(updates)] * len(updates))
+
+
+def trimmed_mean(updates: list[Tensors], trim: float) -> Tensors:
+    """The mean of every coordinate without its ⌊trim N⌋ smallest and as many largest values (Yin et al. 2018, 1803.01498):
+    bounded influence of up to trim N hostile users, 0 <= trim < 1/2."""
+    cut = int(trim * len(updates))
+    return like({name: t.sort(0).values[cut:len(updates) - cut].mean(0) for name, t in stacked(updates).items()}, updates[0])
+
+
+def median(updates: list[Tensors]) -> Tensors:
+    """The median of every coordinate (Yin et al. 2018); of an even number, the mean of the middle two."""
+    cut = (len(updates) - 1) // 2
+    return like({name: t.sort(0).values[cut:len(updates) - cut].mean(0) for name, t in stacked(updates).items()}, updates[0])
+
+
+# ---- trust: every user gets an average of its own (PCL, 2404.09753) --------------------------------------------------
+def trust_average(updates: list[Tensors], W: torch.Tensor) -> list[Tensors]:
+    """θ_i = Σ_j W_ij θ_j, one dict per user. W (N, N); W = 1/N is FedAvg, W = I is Local."""
+    return [weighted_sum(updates, row) for row in W.tolist()]
+
+
+def trust_matrix(scores: torch.Tensor, temperature: float) -> torch.Tensor:
+    """W (N, N) = softmax of every row of scores / temperature: W_ij is how much user i trusts user j."""
+    return (scores.double() / temperature).softmax(1)
+
+
+def weight_scores(updates: list[Tensors]) -> torch.Tensor:
+    """PCL strategy 1: S_ij = mean over the rows of all tensors of cos(row of θ_i, row of θ_j). (N, N)"""
+    scores, rows = 0, 0
+    for t in stacked(updates).values():                             # (N, rows, columns)
+        unit = F.normalize(t, dim=2)
+        scores, rows = scores + torch.einsum('irc,jrc->ij', unit, unit), rows + t.shape[1]
+    return scores / rows
+
+
+def validation_scores(perplexities: torch.Tensor) -> torch.Tensor:
+    """PCL strategy 2: S_ij = -perplexity (not loss) of model j on user i's validation text. Differences of a few units
+    saturate the softmax: that is why PCL's matrices are near the identity in domain (METHOD 2). (N, N)"""
+    return -perplexities
+
+
+def prediction_scores(predictions: list[Predictions], vocab_size: int) -> torch.Tensor:
+    """PCL strategy 3: S_ij = -10 d_ij / Σ_k d_ik, d_ij = Σ |z_i - z_j| over a public text, z the logits with all but each
+    position's largest K set to 0. All equal: 0. (N, N)"""
+    d = 0
+    for z in dense(predictions, vocab_size):                        # (N, p, V)
+        d = d + torch.stack([(z - row).abs().sum((1, 2)) for row in z]).double()
+    return -10 * d / d.sum(1, keepdim=True).clamp_min(1e-30)
+
+
+# ---- ranks that differ: HetLoRA, FlexLoRA, FLoRA ---------------------------------------------------------------------
+def pairs(update: Tensors) -> list[str]:
+    """Names of the LoRAs in an update: NAME of NAME.A and NAME.B."""
+    return [name[:-2] for name in update if name.endswith('.A')]
+
+
+def truncate(update: Tensors, rank: int) -> Tensors:
+    """The first `rank` components of every generalist: A[:r, :], B[:, :r]. Attention LoRAs have one rank for all."""
+    return {name: t if 'generalists' not in name else t[:rank] if name.endswith('.A') else t[:, :rank]
+            for name, t in update.items()}
+
+
+def hetlora(updates: list[Tensors], scalings: list[float]) -> Tensors:
+    """Ā = Σ_k p_k pad(A_k), B̄ = Σ_k p_k pad(B_k), zero-padded to the largest rank; p_k = |γ_k B_k A_k|_F / Σ_j |γ_j B_j A_j|_F
+    for each LoRA, uniform if all are 0 (HetLoRA, 2401.06432; METHOD 2). A component that only some users have is diluted:
+    its weights sum to less than 1. scalings: γ_k. A user takes `truncate(server, r_k)`."""
+    server = {}
+    for name in pairs(updates[0]):
+        r_max = max(u[name + '.A'].shape[0] for u in updates)
+        A, B = ([u[name + f].cpu().double() for u in updates] for f in ('.A', '.B'))
+        A = [F.pad(a, (0, 0, 0, r_max - len(a))) for a in A]        # (r_max, in)
+        B = [F.pad(b, (0, r_max - b.shape[1])) for b in B]          # (out, r_max)
+        # |B A|_F² = tr((A Aᵀ)(Bᵀ B)): r x r products instead of one that is out x in
+        norm = torch.stack([g * ((a @ a.T) * (b.T @ b)).sum().clamp_min(0).sqrt() for g, a, b in zip(scalings, A, B)])
+        p = norm / norm.sum() if norm.sum() > 0 else torch.full_like(norm, 1 / len(updates))                  # (N,)
+        server |= weighted_sum([{name + '.A': a, name + '.B': b} for a, b in zip(A, B)], p.tolist())
+    return like(server, updates[0])
+
+
+def tail_norm(tensors: Tensors, rank: int, gamma: float) -> torch.Tensor | float:
+    """Σ over generalists of |A[q:r, :]|_F |B[:, q:r]|_F, q = ⌊gamma r⌋: HetLoRA's penalty, and the measure of its pruning."""
+    q, total = max(1, int(gamma * rank)), 0.0
+    for name in (n for n in pairs(tensors) if 'generalists' in n):
+        total = total + tensors[name + '.A'][q:rank].norm() * tensors[name + '.B'][:, q:rank].norm()
+    return total
+
+
+def flora(updates: list[Tensors], weights: list[float], scalings: list[float]) -> Tensors:
+    """B̄ = [B_1 ... B_N], Ā = [w_1 γ_1 A_1; ...; w_N γ_N A_N], so that B̄ Ā = Σ_k w_k γ_k B_k A_k exactly, whatever the ranks
+    (FLoRA, 2409.05976). Rank Σ r_k, outer scale 1."""
+    server = {}
+    for name in pairs(updates[0]):
+        server[name + '.A'] = torch.cat([w * g * u[name + '.A'] for u, w, g in zip(updates, weights, scalings)])
+        server[name + '.B'] = torch.cat([u[name + '.B'] for u in updates], 1)
+    return server
+
+
+def flexlora(updates: list[Tensors], weights: list[float], scalings: list[float]) -> list[Tensors]:
+    """W = Σ_k w_k γ_k B_k A_k = U Σ Vᵀ; user k gets A_k = Vᵀ[:r_k], B_k = U[:, :r_k] Σ[:r_k] / γ_k, the best approximation
+    of W with its rank (Eckart-Young), exact if rank W <= r_k (FlexLoRA, 2402.11505). One dict per user.
+
+    W has rank Σ r_k at most, so its SVD is that of a Σ r_k x Σ r_k matrix between two orthonormal bases, in float64."""
+    server, users = flora(updates, weights, scalings), [{} for _ in updates]
+    for name in pairs(server):
+        Q_b, R_b = torch.linalg.qr(server[name + '.B'].cpu().double())    # (out, s), (s, Σr)
+        Q_a, R_a = torch.linalg.qr(server[name + '.A'].cpu().double().T)  # (in, s'), (s', Σr)
+        U, S, Vt = torch.linalg.svd(R_b @ R_a.T, full_matrices=False)
+        U, Vt = Q_b @ U, Vt @ Q_a.T                                 # (out, m), (m, in), m = min(s, s')
+        for user, update, gamma in zip(users, updates, scalings):
+            A, B = update[name + '.A'], update[name + '.B']
+            r = min(len(A), len(S))                                 # a rank above the matrix's own leaves zeros
+            user[name + '.A'] = F.pad(Vt[:r], (0, 0, 0, len(A) - r)).to(A)
+            user[name + '.B'] = F.pad(U[:, :r] * S[:r] / gamma, (0, len(A) - r)).to(B)
+    return users
+
+
+def fuse(own: Tensors, mean: Tensors, w1: float, w2: float) -> Tensors:
+    """A = w1 A_own + w2 A_mean, B = w1 B_own + w2 B_mean, of the tensors in `own`: ΔW is quadratic in (w1, w2) (FDLoRA,
+    2406.07925). (1, 0) is the user's own, (0, 1) the mean, (0, 0) the base."""
+    return {name: w1 * t + w2 * mean[name] for name, t in own.items()}
+
+
+# ---- predictions instead of parameters (consensus, 2305.18497) -------------------------------------------------------
+@torch.no_grad()
+def top_predictions(model: torch.nn.Module, windows: torch.Tensor, k: int, logits: bool = False) -> Predictions:
+    """What a user sends about a public text: at every position the k likeliest next tokens and their probabilities (or
+    logits), 6 bytes each. windows (W, T) int64; P = W T."""
+    ids, values = [], []
+    for x in windows.split(8):
+        z = model(x)[0].flatten(0, 1).float()                       # (p, V)
+        top = (z if logits else z.softmax(-1)).topk(min(k, z.shape[1]))
+        ids.append(top.indices.int())
+        values.append(top.values.half())
+    return torch.cat(ids).cpu(), torch.cat(values).cpu()
+
+
+def dense(predictions: list[Predictions], vocab_size: int):
+    """Yields (N, p, V) float32 of a few positions p at a time, zero where a token is not among its user's K."""
+    p = max(1, 2 ** 24 // (vocab_size * len(predictions)))          # 64 MB at a time
+    for at in range(0, len(predictions[0][0]), p):
+        yield torch.stack([torch.zeros(len(ids[at:at + p]), vocab_size).scatter(1, ids[at:at + p].long(),
+                                                                             values[at:at + p].float())
+                           for ids, values in predictions])
+
+
+def prediction_trust(predictions: list[Predictions], vocab_size: int) -> torch.Tensor:
+    """W_ij = s_ij / Σ_k s_ik, s_ij = mean over positions of cos(p_j, p_i) / (H(p_i) + 1), H the entropy in nats: positions
+    where i is sure count more (METHOD 3.2). From the K probabilities; H takes what is left as one more class. (N, N)"""
+    s = 0
+    for p in dense(predictions, vocab_size):                        # (N, p, V)
+        rest = (1 - p.sum(2, keepdim=True)).clamp_min(0)            # (N, p, 1)
+        H = torch.special.entr(torch.cat((p, rest), 2)).sum(2)      # (N, p)
+        unit = F.normalize(p, dim=2)
+        cos = torch.stack([(unit * row).sum(2) for row in unit])    # (N, N, p)
+        s = s + (cos / (H[:, None] + 1)).sum(2).double()
+    return s / s.sum(1, keepdim=True)
+
+
+def consensus(predictions: list[Predictions], weights: list[float], vocab_size: int) -> Predictions:
+    """ψ = Σ_j w_j p_j, one user's pseudo-labels: the K likeliest tokens of the weighted predictions."""
+    k, ids, values = predictions[0][0].shape[1], [], []
+    for p in dense(predictions, vocab_size):                        # (N, p, V)
+        top = torch.einsum('n,npv->pv', torch.tensor(weights), p).topk(k)
+        ids.append(top.indices.int())
+        values.append(top.values.half())
+    return torch.cat(ids), torch.cat(values)
+
+
+def consensus_loss(logits: torch.Tensor, psi: Predictions) -> torch.Tensor:
+    """CE(ψ, p) in nats, mean over positions, over K + 1 classes: ψ's tokens and all others as one. logits (p, V)."""
+    log_p = logits.float().log_softmax(-1).gather(1, psi[0].long())                         # (p, K)
+    rest = (1 - log_p.exp().sum(1)).clamp_min(1e-6).log()                                   # (p,)
+    target = psi[1].float()
+    return -((target * log_p).sum(1) + (1 - target.sum(1)).clamp_min(0) * rest).mean()

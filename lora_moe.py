@@ -85,21 +85,26 @@ class Routing(NamedTuple):
 
 
 class LoRAMoE(nn.Module):
-    """An MLP block as a token-routed mixture of LoRA experts; generalists first, then specialists."""
+    """An MLP block as a routed mixture of LoRA experts; generalists first, then specialists.
 
-    def __init__(self, mlp: MLP, n_experts: int, n_generalists: int, rank: int, alpha: float, top_k: int, routed: bool):
+    routing_unit is what one decision covers (METHOD 3.1): 'token'; 'prefix', the mean of the router's inputs up to and
+    including the token, causal; 'sequence', their mean over the window, which looks ahead."""
+
+    def __init__(self, mlp: MLP, n_experts: int, n_generalists: int, rank: int, alpha: float, top_k: int, routed: bool,
+                 routing_unit: str = 'token'):
         super().__init__()
         self.c_fc, self.c_proj = mlp.c_fc, mlp.c_proj               # frozen, one copy for all experts of all users
         self.generalists = nn.ModuleList([Expert(mlp, rank, alpha) for _ in range(n_generalists)])
         self.specialists = nn.ModuleList([Expert(mlp, rank, alpha) for _ in range(n_experts - n_generalists)])
-        self.top_k = min(top_k, n_experts)
-        # one expert needs no router; without one (router='mean') all experts count alike
+        self.top_k, self.routing_unit = min(top_k, n_experts), routing_unit
+        # one expert needs no router; without one, the layer before decides, or if none does (router='mean') all count alike
         self.router = nn.Linear(self.c_fc.in_features, n_experts, bias=False) if routed and n_experts > 1 else None
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Routing | None]:
-        shape, x = x.shape, x.flatten(0, 1)                         # (B, T, C), (N, C)
+    def forward(self, x: torch.Tensor, routing: Routing | None = None) -> tuple[torch.Tensor, Routing | None]:
+        """x (B, T, C), and the routing of the layer before -> (B, T, C), the routing of this layer."""
         experts = [*self.generalists, *self.specialists]
-        routing = None if self.router is None else self.route(x)
+        routing = routing if self.router is None else self.route(x)
+        shape, x = x.shape, x.flatten(0, 1)                         # (B, T, C), (N, C)
         h = self.c_fc(x)                                            # (N, 4C) the one frozen product of c_fc
 
         if routing is None or self.top_k == len(experts):           # every token meets every expert
@@ -125,13 +130,48 @@ class LoRAMoE(nn.Module):
         return (y + delta).view(shape), routing
 
     def route(self, x: torch.Tensor) -> Routing:
-        """x (N, C) -> which K experts run for each token, and with what weight (METHOD 1.1)."""
+        """x (B, T, C) -> which K experts run for each token, and with what weight (METHOD 1.1)."""
         with torch.autocast(x.device.type, enabled=False):          # float32: bf16 rounding flips near-ties
-            logits = F.linear(x.float(), self.router.weight)        # (N, E)
+            logits = F.linear(x.float(), self.router.weight)        # (B, T, E); linear: a mean of inputs is one of logits
+        if self.routing_unit == 'prefix':
+            logits = logits.cumsum(1) / torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]
+        elif self.routing_unit == 'sequence':
+            logits = logits.mean(1, keepdim=True).expand_as(logits)
+        logits = logits.flatten(0, 1)                               # (N, E)
         probs = logits.softmax(-1)                                  # (N, E)
         best, chosen = logits.topk(self.top_k)                      # (N, K), (N, K)
         weights = probs.gather(1, chosen) if self.top_k == 1 else best.softmax(-1)
         return Routing(probs, chosen, weights)
+
+
+class GhostNoise(nn.Module):
+    """Ghost noise injection (2305.17205), training only, after a LayerNorm: the noise that normalising with a small batch's
+    statistics would make. For sequence b, n sequences are drawn with replacement; with mean μ~, variance σ~² of each channel
+    over their tokens, and μ, σ² over the whole pool that they are drawn from,
+
+        x' = (x - (μ~ - μ)) / sqrt((σ~² + ε) / (σ² + ε)),  ε = 1e-3;      E[μ~ - μ] = 0, Var = Var_pool(sequence mean) / n
+
+    The pool is the *other* sequences of the micro-batch: b's own would let a token see the future (METHOD 3.3). No gradient
+    flows through the statistics. The identity in eval mode, and where there is no other sequence."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.n = n
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B = len(x)                                                                  # x (B, T, C)
+        if not self.training or B == 1:
+            return x
+        with torch.no_grad():
+            first, second = x.float().mean(1), x.float().square().mean(1)           # (B, C) E[x], E[x²] of each sequence
+            others = torch.randint(B - 1, (B, self.n), device=x.device)
+            others += others >= torch.arange(B, device=x.device)[:, None]           # (B, n), never b itself
+            drawn, pool = first[others].mean(1), (first.sum(0) - first) / (B - 1)   # (B, C) μ~, μ
+            drawn_var = second[others].mean(1) - drawn.square()
+            pool_var = (second.sum(0) - second) / (B - 1) - pool.square()
+            scale = ((pool_var.clamp_min(0) + 1e-3) / (drawn_var.clamp_min(0) + 1e-3)).sqrt()
+            shift = drawn - pool
+        return (x - shift[:, None].to(x.dtype)) * scale[:, None].to(x.dtype)
 
 
 def load_balance_loss(routing: list[Routing | None], kind: str) -> torch.Tensor | float:
@@ -157,8 +197,11 @@ def load_balance_loss(routing: list[Routing | None], kind: str) -> torch.Tensor 
 
 
 def add_lora(base: GPT, n_experts: int, n_generalists: int, rank: int, alpha: float = 16, top_k: int = 2,
-             routed: bool = True, attention_rank: int = 8) -> GPT:
+             routed: bool = True, routing_unit: str = 'token', one_routing: bool = False, ghost_noise: int = 0,
+             attention_rank: int = 8) -> GPT:
     """A user's model: `base`'s own frozen weights, shared and not copied, under this user's LoRA and routers.
+
+    one_routing: only the first layer has a router, and its decision holds for all. ghost_noise: n of GhostNoise, 0 for none.
 
     The new A and router tensors are uninitialised: `initial` fills them. Raises ValueError if the experts are too few."""
     if not 0 <= n_generalists <= n_experts or n_experts < 1:
@@ -166,11 +209,14 @@ def add_lora(base: GPT, n_experts: int, n_generalists: int, rank: int, alpha: fl
                          'n_generalists of them (0 or more) are generalists')
     base.requires_grad_(False)
     model = copy.deepcopy(base, {id(p): p for p in base.parameters()})  # new modules around the same parameters
-    for block in model.h:
+    for layer, block in enumerate(model.h):
         block.attn.c_attn = LoRALinear(block.attn.c_attn, attention_rank, alpha)
         block.attn.c_proj = LoRALinear(block.attn.c_proj, attention_rank, alpha)
-        block.mlp = LoRAMoE(block.mlp, n_experts, n_generalists, rank, alpha, top_k, routed)
-    return model.to(base.wte.weight.device)
+        block.mlp = LoRAMoE(block.mlp, n_experts, n_generalists, rank, alpha, top_k,
+                            routed and (layer == 0 or not one_routing), routing_unit)
+        if ghost_noise:
+            block.ln_1, block.ln_2 = (nn.Sequential(ln, GhostNoise(ghost_noise)) for ln in (block.ln_1, block.ln_2))
+    return model.to(base.wte.weight.device).eval()
 
 
 def roles(model: GPT) -> dict[str, str]:

@@ -3,8 +3,8 @@
 Follows the released GPT-2 exactly: learned positions, pre-LayerNorm, tanh-GELU, head tied to the token embedding
 (Radford et al. 2019; Hugging Face's GPT2LMHeadModel is the oracle in tests/test_model.py). No dropout: the base is
 never trained by the method, and pretrain.py does not need it. This file knows nothing of users or LoRA; lora_moe.py
-replaces `nn.Linear` and `MLP` modules inside a finished model. The one trace of that here: an MLP returns a pair
-(output, routing), so that what a mixture decided reaches the caller as a value and not through a global.
+replaces `nn.Linear` and `MLP` modules inside a finished model. The one trace of that here: an MLP is given what the layer
+before decided and returns a pair (output, routing), so that routing is a value that flows and not a global.
 
 Shapes: B sequences, T tokens per sequence, C = n_embd, V = vocab_size, H = n_head.
 """
@@ -55,7 +55,7 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def forward(self, x: torch.Tensor, routing: None = None) -> tuple[torch.Tensor, None]:
         return self.c_proj(F.gelu(self.c_fc(x), approximate='tanh')), None  # (B, T, C); one MLP, nothing to route
 
 
@@ -67,9 +67,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor) -> tuple:
-        x = x + self.attn(self.ln_1(x))         # (B, T, C)
-        y, routing = self.mlp(self.ln_2(x))     # (B, T, C)
+    def forward(self, x: torch.Tensor, routing: object = None) -> tuple:
+        x = x + self.attn(self.ln_1(x))                     # (B, T, C)
+        y, routing = self.mlp(self.ln_2(x), routing)        # (B, T, C)
         return x + y, routing
 
 
@@ -94,9 +94,9 @@ class GPT(nn.Module):
         if idx.shape[1] > self.config.n_positions:
             raise ValueError(f'a sequence of {idx.shape[1]} tokens, but this GPT-2 has {self.config.n_positions} positions')
         x = self.wte(idx) + self.wpe.weight[:idx.shape[1]]          # (B, T, C)
-        routing = []
+        routing, decided = [], None
         for block in self.h:
-            x, decided = block(x)
+            x, decided = block(x, decided)
             routing.append(decided)
         return self.ln_f(x), routing
 

@@ -4,8 +4,11 @@
     python train.py config/demo.py                                      # 4 users, a minute on a laptop
     python train.py config/slimpajama_1gxs.py --n_experts=4,2,2,2       # GPT-2 124M, experts per user
     python train.py config/agnews.py --method=fedavg --out_dir=out/x    # a baseline is another row of switches
+    python train.py --list_methods                                      # all the rows
 """
 import contextlib
+import functools
+import hashlib
 import json
 import math
 import os
@@ -21,12 +24,12 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+import federate
 from configurator import configure, die
-from data.stream import get_batch, load_dataset
+from data.stream import get_batch, load_dataset, load_text
 from eval import evaluate, fingerprint, perplexity, table
-from federate import fedavg, n_bytes, shared_names
 from lora_moe import add_lora, initial, load_balance_loss, roles
-from model import GPT, load_gpt
+from model import GPT, load_gpt, save_gpt
 
 # ---- switches: override with config/*.py or --name=value ----------------------------------------------------------
 method = 'comigs_1g1s'          # a row of METHODS below; sets the switches of the next block
@@ -36,18 +39,35 @@ init_from = 'gpt2'              # gpt2, gpt2-medium, gpt2-large, gpt2-xl, a fold
 out_dir = 'out/run'             # everything this run writes
 resume = False                  # continue the run in out_dir from its last finished round
 overwrite = False               # replace the run in out_dir
-# ---- the method (METHOD 0.1)
+# ---- the method
 n_experts = 2                   # LoRA experts in every MLP block; one int, or one per user: 4,2,2,2
 n_generalists = 1               # experts 0 .. n_generalists-1 are averaged over users, the rest never leave
 share_attention = True          # whether the attention LoRAs are averaged too
 router = 'learned'              # learned | mean (plain mean of all experts) | frozen (random, never trained)
 router_data = 'valid'           # valid | train (own phase on either) | joint (with the experts, training loss)
-aggregate = 'fedavg'            # fedavg | none
-load_balance = 'generalist'     # generalist (eq. 6) | uniform | none
-lb_coef = 0.01                  # lambda, weight of load balancing in both levels' losses
-top_k = 2                       # experts run per token
+aggregate = 'fedavg'            # how what left the users is combined: a rule of federate.py, see RULES
 lora_rank = 8                   # rank of the MLP LoRAs; one int, or one per user
 lora_alpha = 16.0               # scaling is lora_alpha / sqrt(rank)
+top_k = 2                       # experts run per token
+load_balance = 'generalist'     # generalist (eq. 6) | uniform | none
+lb_coef = 0.01                  # lambda, weight of load balancing in both levels' losses
+routing_unit = 'token'          # what one routing decision covers: token | prefix (causal mean) | sequence (looks ahead)
+one_routing = False             # the first layer's decision holds for all layers, instead of one decision per layer
+ghost_noise = 0                 # sequences drawn for the noise after every LayerNorm, training only; 0: off
+leak_gradients = False          # as the authors' code: an optimizer clears its own gradients only, so the levels mix
+pooled = False                  # one model on everybody's training text, with batch_size windows for each of them
+match = 'none'                  # one expert as large as n_experts of rank 8: full (8 n_experts) | active (8 min(2, n_experts))
+# ---- what single rules need
+trust = 'validation'            # trust: users judge each other by weights | validation | predictions (PCL strategies 1, 2, 3)
+trust_temperature = 1.0         # trust: of the softmax over a user's scores
+prune_gamma = 0.99              # hetlora: share of the rank that a pruning keeps; 1 never prunes
+prune_coef = 5e-3               # hetlora: weight of the penalty on the tail that the next pruning would cut
+trim = 0.25                     # trimmed_mean: share of the users cut from either end of every coordinate
+fuse = False                    # fedavg: at the end every user mixes own and averaged MLP LoRAs by validation loss (FDLoRA)
+consensus_coef = 0.5            # consensus: weight of the cross-entropy with the pseudo-labels
+consensus_start = 2             # consensus: rounds before the first pseudo-labels
+public_text = ''                # consensus, trust=predictions: a file that all may read; '': pieces of the validation texts
+judge_windows = 64              # windows of that, or of a user's validation text, on which models are judged
 # ---- the schedule
 rounds = 20                     # communication rounds R
 local_steps = 10                # expert steps per user and round H
@@ -65,33 +85,73 @@ seed = 42                       # the paper's seeds are 42, 45, 47
 device = 'auto'                 # auto | cpu | cuda | cuda:N | mps
 dtype = 'auto'                  # auto (bfloat16 autocast on CUDA, else float32) | float32 | bfloat16
 
-METHODS = {  # one row of the paper's tables each
-    'pretrained':  dict(n_experts=1, n_generalists=0, share_attention=False, aggregate='none'),
-    'local':       dict(n_experts=2, n_generalists=0, share_attention=False, router='mean', aggregate='none'),
-    'fedavg':      dict(n_experts=2, n_generalists=2, share_attention=True, router='mean', aggregate='fedavg'),
-    'comigs_2s':   dict(n_experts=2, n_generalists=0, share_attention=False, router='learned', aggregate='none'),
-    'comigs_2g':   dict(n_experts=2, n_generalists=2, share_attention=True, router='learned', aggregate='fedavg'),
-    'comigs_1g1s': dict(n_experts=2, n_generalists=1, share_attention=True, router='learned', aggregate='fedavg'),
-    'comigs_1gxs': dict(n_experts=4, n_generalists=1, share_attention=True, router='learned', aggregate='fedavg'),
+
+
+def row(n_experts, n_generalists, share_attention, router, router_data, aggregate, lora_rank=8, **more) -> dict:
+    return dict(n_experts=n_experts, n_generalists=n_generalists, share_attention=share_attention, router=router,
+                router_data=router_data, aggregate=aggregate, lora_rank=lora_rank, **more)
+
+
+METHODS = {  # experts, generalists, share_attention, router, router_data, aggregate, rank; where the paper has it; what it is
+    'pretrained': (row(1, 0, False, 'mean', 'valid', 'none'), 'Table 1', 'the base as it is, no training'),
+    'centralized': (row(2, 0, False, 'mean', 'valid', 'none', pooled=True), 'Table 1', 'one model on all text pooled'),
+    'local': (row(2, 0, False, 'mean', 'valid', 'none'), 'Table 1', 'everybody alone'),
+    'fedavg': (row(2, 2, True, 'mean', 'valid', 'fedavg'), 'Table 1', 'every LoRA averaged: one model for all'),
+    'ffa_lora': (row(1, 1, True, 'mean', 'valid', 'ffa', 16), 'Table 1', 'A frozen, B averaged (2403.12313)'),
+    'pcl': (row(2, 2, True, 'mean', 'valid', 'trust'), 'Table 1', "averages weighted by each user's trust (2404.09753)"),
+    'comigs_2s': (row(2, 0, False, 'learned', 'valid', 'none'), 'Table 1', 'two specialists, nothing shared'),
+    'comigs_2g': (row(2, 2, True, 'learned', 'valid', 'fedavg'), 'Table 1', 'two generalists, own routers'),
+    'comigs_1g1s': (row(2, 1, True, 'learned', 'valid', 'fedavg'), 'Table 1', 'one generalist, one specialist, own router'),
+    'comigs_1gxs': (row(4, 1, True, 'learned', 'valid', 'fedavg'), 'Table 2', 'one generalist, --n_experts=4,2,2,2 in all'),
+    'hetlora': (row(1, 1, True, 'mean', 'valid', 'hetlora', 16), 'Table 2', 'ranks that differ, padded, pruned (2401.06432)'),
+    'flexlora': (row(1, 1, True, 'mean', 'valid', 'flexlora', 16), 'Table 2', 'ranks that differ, by SVD (2402.11505)'),
+    'local_moe': (row(2, 0, False, 'learned', 'joint', 'none'), 'Table 4', '2S, router trained with the experts'),
+    'fedavg_moe': (row(2, 2, True, 'learned', 'joint', 'fedavg'), 'Table 4', '2G, router trained with the experts'),
+    'pfedmoe': (row(2, 1, True, 'learned', 'joint', 'fedavg'), 'Table 4', '1G1S, router trained with the experts (2402.01350)'),
+    'local_moe_tr': (row(2, 0, False, 'learned', 'train', 'none'), 'Table 4', '2S, router phase on training text'),
+    'fedavg_moe_tr': (row(2, 2, True, 'learned', 'train', 'fedavg'), 'Table 4', '2G, router phase on training text'),
+    'comigs_1g1s_tr': (row(2, 1, True, 'learned', 'train', 'fedavg'), 'Table 4', '1G1S, router phase on training text'),
+    'fedsa_lora': (row(1, 1, True, 'mean', 'valid', 'fedsa', 16), '-', 'A averaged, B stays (2410.01463)'),
+    'fdlora': (row(1, 1, True, 'mean', 'valid', 'fedavg', 16, fuse=True), '-', 'FedAvg, fused with the own LoRA (2406.07925)'),
+    'flora': (row(1, 1, True, 'mean', 'valid', 'flora', 16), '-', 'LoRAs stacked and merged into the base (2409.05976)'),
+    'consensus': (row(2, 0, False, 'mean', 'valid', 'consensus'), '-', 'only predictions on public text leave (2305.18497)'),
 }
-config = configure(globals(), sys.argv[1:], METHODS, per_user=('n_experts', 'lora_rank'))
+RULES = ('none', 'fedavg', 'ffa', 'fedsa', 'trust', 'median', 'trimmed_mean', 'hetlora', 'flexlora', 'flora', 'consensus')
+if '--list_methods' in sys.argv:
+    columns = list(METHODS['centralized'][0])[:7]
+    print(table(['--method', 'paper', 'what it is', *columns], [[name, where, what, *(switches[c] for c in columns), *(
+        f'{k}={v}' for k, v in switches.items() if k not in columns)] for name, (switches, where, what) in METHODS.items()], 3))
+    sys.exit()
+config = configure(globals(), sys.argv[1:], {name: switches for name, (switches, *_) in METHODS.items()},
+                   per_user=('n_experts', 'lora_rank'))
 if method == 'pretrained':
     rounds = config['rounds'] = 0   # the base as it is, whatever a config file says
 
 # ---- refuse what cannot run, before anything is written ------------------------------------------------------------
-for name, legal in {'target': ('own', 'mixture'), 'router': ('learned', 'mean', 'frozen'), 'aggregate': ('fedavg', 'none'),
+for name, legal in {'target': ('own', 'mixture'), 'router': ('learned', 'mean', 'frozen'), 'aggregate': RULES,
                     'router_data': ('valid', 'train', 'joint'), 'load_balance': ('generalist', 'uniform', 'none'),
-                    'dtype': ('auto', 'float32', 'bfloat16')}.items():
+                    'routing_unit': ('token', 'prefix', 'sequence'), 'trust': ('weights', 'validation', 'predictions'),
+                    'match': ('none', 'active', 'full'), 'dtype': ('auto', 'float32', 'bfloat16')}.items():
     if config[name] not in legal:
         die(f'--{name}={config[name]}: expected one of {", ".join(legal)}')
 for name in ('local_steps', 'router_every', 'router_steps', 'batch_size', 'micro_batch_size', 'block_size', 'eval_every',
-             'top_k', 'lora_alpha', 'expert_lr', 'router_lr'):
+             'top_k', 'lora_alpha', 'expert_lr', 'router_lr', 'trust_temperature', 'judge_windows'):
     if config[name] <= 0:
         die(f'--{name}={config[name]}: must be greater than 0')
-if rounds < 0 or seed < 0 or n_generalists < 0:
-    die(f'--rounds={rounds}, --seed={seed} and --n_generalists={n_generalists} must not be negative')
-if aggregate == 'none' and (n_generalists or share_attention):
-    die('--aggregate=none shares nothing: it needs --n_generalists=0 and --share_attention=False')
+for name in ('rounds', 'seed', 'n_generalists', 'ghost_noise', 'prune_coef', 'consensus_coef', 'consensus_start'):
+    if config[name] < 0:
+        die(f'--{name}={config[name]}: must not be negative')
+if not 0 <= trim < 0.5 or not 0 < prune_gamma <= 1:
+    die(f'--trim={trim} must be in [0, 0.5) and --prune_gamma={prune_gamma} in (0, 1]')
+shares = aggregate not in ('none', 'consensus')              # whether any tensor leaves a user
+if not shares and (n_generalists or share_attention):
+    die(f'--aggregate={aggregate} shares no tensors: it needs --n_generalists=0 and --share_attention=False')
+if shares and not (n_generalists or share_attention):
+    die(f'--aggregate={aggregate} has nothing to combine: give --n_generalists=1 or more, or --aggregate=none')
+if fuse and (aggregate != 'fedavg' or not n_generalists):
+    die('--fuse mixes a user\'s own and the averaged generalists: it needs --aggregate=fedavg and --n_generalists=1 or more')
+if ghost_noise and min(batch_size, micro_batch_size) < 2:
+    die(f'--ghost_noise={ghost_noise} draws other sequences of a micro-batch: --micro_batch_size must be 2 or more')
 out = Path(out_dir)
 if out.exists() and not out.is_dir():
     die(f'--out_dir={out_dir} is a file: give a folder')
@@ -107,10 +167,18 @@ try:
     torch.zeros(1, device=device)
     base = load_gpt(init_from).to(device)
     meta, streams = load_dataset(Path('data', dataset), block_size, base.config.vocab_size, target)
+    public = load_text(public_text, meta['tokenizer']) if public_text else None
 except (OSError, ValueError, RuntimeError, AssertionError) as error:
     die(error)
 if block_size > base.config.n_positions:
     die(f'--block_size={block_size}: {init_from} has only {base.config.n_positions} positions')
+names = [u['name'] for u in meta['users']]
+tests = [[(i, data['test'])] for i, data in enumerate(streams)]                  # whose test text a model is tested on
+if pooled:
+    tests, train_names = [sum(tests, [])], ['all']
+    streams = [{split: np.concatenate([data[split] for data in streams]) for split in ('train', 'valid')}]
+else:
+    train_names = names
 N = len(streams)
 
 
@@ -122,38 +190,83 @@ def per_user(name: str) -> tuple:
     return value
 
 
+if match != 'none':
+    lora_rank = config['lora_rank'] = tuple(8 * (n if match == 'full' else min(2, n)) for n in per_user('n_experts'))
+    n_experts = config['n_experts'] = 1
+if aggregate in ('hetlora', 'flexlora', 'flora') and set(per_user('n_experts')) != {1}:
+    die(f'--aggregate={aggregate} has one expert per user, whose rank may differ: give --n_experts=1 and --lora_rank=16,8,..., '
+        'or let --match=active or --match=full derive the ranks from --n_experts')
 for i, n in enumerate(per_user('n_experts')):
     if n < n_generalists:
         die(f'user {i} has n_experts={n}, fewer than n_generalists={n_generalists}: every user holds all the generalists')
-if aggregate != 'none' and len(set(per_user('lora_rank'))) > 1:
-    die('--aggregate=fedavg averages tensors of one shape: --lora_rank must be the same for all users')
+if shares and aggregate not in ('hetlora', 'flexlora', 'flora') and len(set(per_user('lora_rank'))) > 1:
+    die(f'--aggregate={aggregate} averages tensors of one shape: --lora_rank must be the same for all users '
+        '(hetlora, flexlora, flora and consensus take any)')
 if dtype == 'auto':
     dtype = 'bfloat16' if device_type == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
 autocast = torch.autocast(device_type, torch.bfloat16) if dtype == 'bfloat16' else contextlib.nullcontext()
 
 # ---- users: own data, own LoRA and router, own optimizers, one frozen base for all ---------------------------------
-users, theta_roles = [], ('attention', 'generalist', 'specialist')
+users = []
 for i in range(N):
     model = add_lora(base, per_user('n_experts')[i], n_generalists, per_user('lora_rank')[i], lora_alpha, top_k,
-                     routed=router != 'mean')
+                     router != 'mean', routing_unit, one_routing, ghost_noise)
     role = roles(model)
     adapter = {name: p for name, p in model.named_parameters() if name in role}     # all that is this user's
     with torch.no_grad():
         for name, p in adapter.items():
             p.copy_(initial(name, p.shape, seed, 'user', i))
-    theta = [p for name, p in adapter.items() if role[name] in theta_roles]          # experts: the lower level
+    common = federate.shared_names(role, share_attention) if shares else []         # these start equal in all users
+    theta = [p for name, p in adapter.items() if role[name] != 'router'             # experts: the lower level
+             and not (aggregate == 'ffa' and name in common and name.endswith('.A'))]
     phi = [p for name, p in adapter.items() if role[name] == 'router' and router == 'learned']  # the upper level
     adamw = dict(betas=(0.9, 0.95), weight_decay=weight_decay, fused=device_type != 'mps')
     user = SimpleNamespace(
-        id=i, name=meta['users'][i]['name'], data=streams[i], model=model, role=role, adapter=adapter,
+        id=i, name=train_names[i], data=streams[i], tests=tests[i], model=model, role=role, adapter=adapter,
         expert_opt=torch.optim.AdamW(theta + phi if router_data == 'joint' else theta, lr=expert_lr, **adamw),
         router_opt=torch.optim.AdamW(phi, lr=router_lr, **adamw) if phi and router_data != 'joint' else None,
-        expert_steps=0, router_steps=0)
-    user.trainable = sum(p.numel() for opt in (user.expert_opt, user.router_opt) if opt for p in opt.param_groups[0]['params'])
+        batch_size=batch_size * len(tests[i]), trained={id(p) for p in theta + phi},
+        rank=per_user('lora_rank')[i],                       # of its generalists, MLP only: hetlora prunes it
+        scaling=lora_alpha / math.sqrt(per_user('lora_rank')[i]),
+        download={}, pseudo_labels=None, bytes_up=0, bytes_down=0, expert_steps=0, router_steps=0)
+    user.trainable = sum(p.numel() for p in theta + phi)
     users.append(user)
-shared = shared_names(users[0].role, share_attention) if aggregate != 'none' else []
-server = {name: initial(name, users[0].adapter[name].shape, seed, 'server') for name in shared}
-message_bytes = n_bytes(server)                              # one message, up or down
+shared = [name for name in common if name[-1] in {'ffa': 'B', 'fedsa': 'A'}.get(aggregate, 'AB')]   # these leave every round
+widest = max(users, key=lambda user: user.rank)
+server = {name: initial(name, widest.adapter[name].shape, seed, 'server') for name in common}
+
+
+def load(user: SimpleNamespace, tensors: dict) -> None:
+    """Copies tensors into the user's own of the same names; components beyond a smaller rank become 0."""
+    with torch.no_grad():
+        for name, t in tensors.items():
+            user.adapter[name].zero_()[tuple(map(slice, t.shape))] = t.to(device)
+
+
+def upload(user: SimpleNamespace) -> dict:
+    """What leaves the user: copies of its shared tensors and nothing else."""
+    return federate.truncate({name: user.adapter[name].detach().clone() for name in shared}, user.rank)
+
+
+for user in users:                                           # before round 1, from one seed
+    load(user, federate.truncate(server, user.rank))
+    user.download = upload(user) if aggregate != 'flora' else {}
+if aggregate not in ('fedavg', 'ffa', 'median', 'trimmed_mean'):
+    server = {}                                              # no one model for all
+
+
+def whole_windows(tokens: np.ndarray, n: int) -> torch.Tensor:
+    """The first n whole windows of a stream, or as many as it has: (n, T)."""
+    n = min(n, len(tokens) // block_size)
+    return torch.from_numpy(tokens[:n * block_size].astype(np.int64)).view(n, block_size)
+
+
+if aggregate == 'consensus' or (aggregate, trust) == ('trust', 'predictions'):
+    public = whole_windows(public, judge_windows) if public_text else torch.cat(
+        [whole_windows(data['valid'], math.ceil(judge_windows / N)) for data in streams])
+    if not len(public):
+        die(f'--public_text={public_text} is shorter than one window of {block_size} tokens')
+    public = public.to(device)                               # (W, T)
 
 
 def descend(user: SimpleNamespace, optimizer: torch.optim.Optimizer, tokens: np.ndarray, key: tuple) -> tuple[float, float]:
@@ -161,20 +274,36 @@ def descend(user: SimpleNamespace, optimizer: torch.optim.Optimizer, tokens: np.
     token) and load balancing, means over the batch. No gradient survives the step, so nothing crosses the two levels."""
     held = {id(p) for group in optimizer.param_groups for p in group['params']}
     for p in user.adapter.values():
-        p.requires_grad_(id(p) in held)
-        p.grad = None
+        p.requires_grad_(id(p) in (user.trained if leak_gradients else held))
+        if not leak_gradients:
+            p.grad = None
+    if ghost_noise:
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))             # the one use of this generator
+    user.model.train()
     sums = torch.zeros(2, device=device)
-    x, y = (t.to(device) for t in get_batch(tokens, batch_size, block_size, key))             # (B, T) each
-    for x, y in zip(x.split(micro_batch_size), y.split(micro_batch_size)):
-        share = len(x) / batch_size
+    x, y = (t.to(device) for t in get_batch(tokens, user.batch_size, block_size, key))        # (B, T) each
+    distil = user.pseudo_labels if optimizer is user.expert_opt else None
+    if distil:                                               # as many windows of public text beside the private ones
+        pick = torch.from_numpy(np.random.default_rng((*key, 1)).integers(0, len(public), user.batch_size)).to(device)  # (B,)
+        pick = pick.split(micro_batch_size)
+    for i, (x, y) in enumerate(zip(x.split(micro_batch_size), y.split(micro_batch_size))):
+        share = len(x) / user.batch_size
         with autocast:
             ce, routing = user.model.loss(x, y)
             lb = load_balance_loss(routing, load_balance)
-        ((ce + lb_coef * lb) * share).backward()             # frees this micro-batch's graph: one is alive at a time
+            loss = ce + lb_coef * lb
+            if aggregate == 'hetlora':
+                loss = loss + prune_coef * federate.tail_norm(user.adapter, user.rank, prune_gamma)
+            if distil:
+                psi = [v[pick[i]].flatten(0, 1) for v in distil]
+                loss = loss + consensus_coef * federate.consensus_loss(user.model(public[pick[i]])[0].flatten(0, 1), psi)
+        (loss * share).backward()                            # frees this micro-batch's graph: one is alive at a time
         sums += torch.stack((ce.detach(), torch.as_tensor(lb, device=device).detach())) * share
     optimizer.step()
     for p in user.adapter.values():
-        p.grad = None
+        if id(p) in held or not leak_gradients:
+            p.grad = None
+    user.model.eval()
     return tuple(sums.tolist())
 
 
@@ -183,24 +312,132 @@ def cosine(step: int) -> float:
     return expert_lr * (0.55 + 0.45 * math.cos(math.pi * step / (rounds * local_steps)))
 
 
-def load(user: SimpleNamespace, tensors: dict) -> None:
-    """Copies tensors into the user's own of the same names."""
-    with torch.no_grad():
-        for name, t in tensors.items():
-            user.adapter[name].copy_(t)
+def test_perplexity(user: SimpleNamespace, model: GPT, when: str) -> list[float]:
+    """Perplexity of a model on the whole test split of the user (of everybody, if pooled), which nothing else ever reads."""
+    found = []
+    for i, tokens in user.tests:
+        with autocast:
+            result = evaluate(model, tokens, block_size)
+        log('eval', step=user.expert_steps, user=i, split='test', when=when, loss=result['loss'], ppl=result['ppl'])
+        found.append(result['ppl'])
+    return found
 
 
-def upload(user: SimpleNamespace) -> dict:
-    """What leaves the user: copies of its shared tensors and nothing else."""
-    return {name: user.adapter[name].detach().clone() for name in shared}
+def of_all(name: str) -> list[float]:
+    """One figure for every test text: of the users, or of the pooled model's several."""
+    return sum((getattr(user, name) for user in users), [])
 
 
-def test_perplexity(user: SimpleNamespace, model: GPT, when: str) -> float:
-    """Perplexity of a model on the user's whole test split, which nothing else ever reads."""
+def judged(user: SimpleNamespace, tensors: dict) -> float:
+    """Cross-entropy (nats per token) on the first judge_windows windows of the user's validation text, with these tensors in
+    place of its own of those names."""
+    own = {name: user.adapter[name].detach().clone() for name in tensors}
+    load(user, tensors)
     with autocast:
-        result = evaluate(model, user.data['test'], block_size)
-    log('eval', step=user.expert_steps, user=user.id, split='test', when=when, loss=result['loss'], ppl=result['ppl'])
-    return result['ppl']
+        loss = evaluate(user.model, user.data['valid'][:judge_windows * block_size + 1], block_size)['loss']
+    load(user, own)
+    return loss
+
+
+# ---- between two rounds: what the server makes of the updates, and what a user makes of that --------------------------
+def trust_scores(updates: list[dict]) -> torch.Tensor:
+    """S (N, N): how good user i finds user j (PCL). What this costs beside the updates is added to the users' bytes."""
+    if trust == 'weights':
+        return federate.weight_scores(updates)
+    if trust == 'validation':                                # every user gets the others' updates and sends N numbers
+        for user in users:
+            user.bytes_up += 4 * N
+            user.bytes_down += sum(federate.n_bytes(update) for update in updates) - federate.n_bytes(updates[user.id])
+        return federate.validation_scores(torch.tensor([[perplexity(judged(user, u)) for u in updates] for user in users]))
+    return federate.prediction_scores(all_predictions(logits=True), base.config.vocab_size)
+
+
+def all_predictions(logits: bool = False) -> list[tuple]:
+    """Every user's 100 likeliest tokens at every position of the public text: 600 bytes a position."""
+    with autocast:
+        predictions = [federate.top_predictions(user.model, public, 100, logits) for user in users]
+    for user, (ids, values) in zip(users, predictions):
+        user.bytes_up += federate.n_bytes({'ids': ids, 'values': values})
+    return predictions
+
+
+def combine(updates: list[dict]) -> list[dict]:
+    """What every user starts the next round from: the rule that --aggregate names, applied to what all users sent."""
+    if aggregate in ('fedavg', 'ffa', 'fedsa'):              # the same mean, of A and B, of B alone, of A alone
+        return [federate.fedavg(updates)] * N                # θ^G = 1/N Σ_i θ_i^G
+    if aggregate == 'median':
+        return [federate.median(updates)] * N
+    if aggregate == 'trimmed_mean':
+        return [federate.trimmed_mean(updates, trim)] * N
+    if aggregate == 'trust':
+        W = federate.trust_matrix(trust_scores(updates), trust_temperature)
+        log('trust', matrix=W.tolist())
+        return federate.trust_average(updates, W)
+    if aggregate == 'consensus' and t + 1 >= consensus_start:
+        predictions = all_predictions()
+        W = federate.prediction_trust(predictions, base.config.vocab_size)
+        log('trust', matrix=W.tolist())
+        for user in users:
+            psi = federate.consensus(predictions, W[user.id].tolist(), base.config.vocab_size)
+            user.pseudo_labels = [v.view(*public.shape, -1).to(device) for v in psi]         # (W, T, K) ids, probabilities
+            user.bytes_down += federate.n_bytes(dict(enumerate(psi)))
+    if not shares:
+        return [{}] * N
+    # ranks that differ: generalists by the rule, attention LoRAs, of one rank for all, by the mean
+    experts = [{name: v for name, v in update.items() if 'generalists' in name} for update in updates]
+    attention = [{name: v for name, v in update.items() if 'generalists' not in name} for update in updates]
+    total = sum(len(user.data['train']) for user in users)
+    weights, scalings = [len(user.data['train']) / total for user in users], [user.scaling for user in users]
+    if aggregate == 'hetlora':
+        new = federate.hetlora(experts, scalings)
+        return [federate.truncate(new, user.rank) | federate.fedavg(attention) for user in users]
+    if aggregate == 'flexlora':
+        return [own | federate.fedavg(attention) for own in federate.flexlora(experts, weights, scalings)]
+    gamma = users[0].model.h[0].attn.c_attn.lora.scaling
+    return [federate.flora(experts, weights, scalings) | federate.flora(attention, weights, [gamma] * N)] * N
+
+
+def receive(user: SimpleNamespace) -> None:
+    """Download: the user's shared tensors become what the server sent it."""
+    user.bytes_down += federate.n_bytes(user.download)
+    if aggregate in ('flexlora', 'flora') and t > 0:         # Adam's moments belong to the old factors
+        for name in user.download:
+            if aggregate == 'flora' or 'generalists' in name:
+                user.expert_opt.state.pop(user.adapter[name], None)
+    if aggregate != 'flora':
+        return load(user, user.download)
+    if user is users[0] and user.download:                   # all users hold the same base, so one addition stands for theirs
+        weight = dict(base.named_parameters())
+        with torch.no_grad():
+            for name in federate.pairs(user.download):
+                merged = weight[name.replace('generalists.0.', '').removesuffix('.lora') + '.weight']
+                merged += user.download[name + '.B'] @ user.download[name + '.A']
+    load(user, {name: initial(name, user.adapter[name].shape, seed, 'server', t) for name in shared})
+
+
+def prune(user: SimpleNamespace) -> None:
+    """HetLoRA: the last components of every generalist become 0, with their moments, and stay so: no gradient reaches them."""
+    user.rank = max(1, int(prune_gamma * user.rank))
+    for name, p in user.adapter.items():
+        if user.role[name] == 'generalist':
+            for v in (p.detach(), *(m for m in user.expert_opt.state[p].values() if m.shape == p.shape)):
+                (v[user.rank:] if name.endswith('.A') else v[:, user.rank:]).zero_()
+
+
+def fusion(user: SimpleNamespace) -> tuple[float, float]:
+    """FDLoRA's AdaFusion (2406.07925): (w1, w2) with which A = w1 A_own + w2 A_mean, B likewise, of the MLP LoRAs, have the
+    least loss on validation windows + 0.05 mean |w|. A search without gradients: steps along the axes, halved four times."""
+    own = {name: user.adapter[name].detach().clone() for name in user.download if user.role[name] == 'generalist'}
+
+    def cost(w):
+        return judged(user, federate.fuse(own, user.download, *w)) + 0.05 * (abs(w[0]) + abs(w[1])) / 2
+    cost = functools.cache(cost)
+    best, step = min(((1.0, 0.0), (0.0, 1.0), (0.5, 0.5)), key=cost), 0.25
+    while step > 0.02:
+        near = min(((best[0] + a, best[1] + b) for a, b in ((step, 0), (-step, 0), (0, step), (0, -step))), key=cost)
+        best, step = (near, step) if cost(near) < cost(best) else (best, step / 2)
+    load(user, federate.fuse(own, user.download, *best))
+    return best
 
 
 # ---- files of the run ----------------------------------------------------------------------------------------------
@@ -219,12 +456,16 @@ def write_atomically(file: Path, write) -> None:
     os.replace(partial, file)
 
 
+KEPT = ('download', 'rank', 'pseudo_labels', 'expert_steps', 'router_steps', 'test_ppl', 'pretrained_ppl')   # of a user
+
+
 def save_checkpoint() -> None:
-    state = {'round': t + 1, 'server': server, 'identity': identity, 'metrics_bytes': metrics.tell(), 'clock': clock,
-             'users': [{'adapter': {n: p.detach() for n, p in u.adapter.items()}, 'test_ppl': u.test_ppl,
-                        'pretrained_ppl': u.pretrained_ppl, 'expert_steps': u.expert_steps, 'router_steps': u.router_steps,
-                        'expert_opt': u.expert_opt.state_dict(),
-                        'router_opt': u.router_opt.state_dict() if u.router_opt else None} for u in users]}
+    state = {'round': t + 1, 'identity': identity, 'metrics_bytes': metrics.tell(), 'clock': clock, 'server': server,
+             'base': base.state_dict() if aggregate == 'flora' else None,
+             'users': [{'adapter': {n: p.detach() for n, p in u.adapter.items()}, 'expert_opt': u.expert_opt.state_dict(),
+                        'router_opt': u.router_opt.state_dict() if u.router_opt else None,
+                        'grad': {n: p.grad for n, p in u.adapter.items() if p.grad is not None},     # of leak_gradients
+                        **{name: getattr(u, name) for name in KEPT}} for u in users]}
     write_atomically(out / 'checkpoint.pt', lambda file: torch.save(state, file))
 
 
@@ -242,7 +483,9 @@ def save_adapters() -> None:
                          lambda file: save_file(tensors, file, {k: str(v) for k, v in facts.items()}))
     if server:
         write_atomically(out / 'adapters' / 'server.safetensors', lambda file: save_file(
-            {name: v.cpu().contiguous() for name, v in server.items()}, file, {'base': init_from, 'round': str(rounds)}))
+            {n: v.detach().cpu().contiguous() for n, v in server.items()}, file, {'base': init_from, 'round': str(rounds)}))
+    if aggregate == 'flora':
+        write_atomically(out / 'adapters' / 'base.safetensors', lambda file: save_gpt(base, file))
 
 
 def git_commit() -> str:
@@ -256,9 +499,10 @@ def git_commit() -> str:
 # what must be the same for a run to be continued: the base, the data and every switch that shapes the numbers
 free = ('out_dir', 'resume', 'overwrite', 'device', 'init_from', 'dataset')
 identity = {**{k: v for k, v in config.items() if k not in free}, 'base': fingerprint(base),
-            'data': [u['sha256'] for u in meta['users']]}
+            'data': [u['sha256'] for u in meta['users']],
+            'public': None if public is None else hashlib.sha256(public.cpu().numpy().tobytes()).hexdigest()}
 identity = json.loads(json.dumps(identity))                  # as a file gives it back: tuples are lists
-start, clock = 0, {'seconds': 0.0, 'training': 0.0}
+start, clock = 0, {'seconds': 0.0, 'training': 0.0, 'bytes_up': 0, 'bytes_down': 0}
 if resume:
     try:
         state = torch.load(out / 'checkpoint.pt', map_location='cpu', weights_only=True)
@@ -268,24 +512,29 @@ if resume:
     if changed:
         die(f'--resume: {out_dir} was made with another {", ".join(changed)}; use the same, or another --out_dir')
     start, clock, server = state['round'], state['clock'], state['server']
+    if state['base']:
+        base.load_state_dict(state['base'])
     for user, saved in zip(users, state['users']):
         load(user, saved['adapter'])
+        for name, g in saved['grad'].items():
+            user.adapter[name].grad = g.to(device)
         user.expert_opt.load_state_dict(saved['expert_opt'])
         if user.router_opt:
             user.router_opt.load_state_dict(saved['router_opt'])
-        for count in ('expert_steps', 'router_steps', 'test_ppl', 'pretrained_ppl'):
-            setattr(user, count, saved[count])
+        for name in KEPT:
+            setattr(user, name, saved[name])
     with open(out / 'metrics.jsonl', 'rb+') as f:
         f.truncate(state['metrics_bytes'])                   # lines of a round that was not finished are run again
 else:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for old in (out / 'summary.json', out / 'checkpoint.pt', out / 'metrics.jsonl', *out.glob('adapters/*.safetensors')):
+        for old in (out / 'summary.json', out / 'checkpoint.pt', out / 'metrics.jsonl', out / 'trust.png',
+                    *out.glob('adapters/*.safetensors')):
             old.unlink(missing_ok=True)
         versions = {'python': sys.version.split()[0], 'torch': torch.__version__, 'numpy': np.__version__}
         write_atomically(out / 'config.json', lambda file: file.write_text(json.dumps(
             {**config, 'device': device, 'dtype': dtype, 'versions': versions, 'git_commit': git_commit(),
-             'base_sha256': identity['base'], 'users': [u['name'] for u in meta['users']]}, indent=1)))
+             'base_sha256': identity['base'], 'users': names}, indent=1)))
     except OSError as error:
         die(f'cannot write to --out_dir={out_dir}: {error.strerror}')
 metrics = open(out / 'metrics.jsonl', 'a', encoding='utf-8')
@@ -293,7 +542,7 @@ metrics.seek(0, os.SEEK_END)
 
 # ---- before round 1: the base as it is -----------------------------------------------------------------------------
 print(f'{method} on {dataset} ({target}): {N} users, {sum(p.numel() for p in base.parameters()):,} frozen parameters, '
-      f'{users[0].trainable if rounds else 0:,} trainable (user 0), {message_bytes:,} bytes up '
+      f'{users[0].trainable if rounds else 0:,} trainable (user 0), {federate.n_bytes(upload(users[0])):,} bytes of LoRA up '
       f'per user and round, {device} {dtype}')
 began, t = time.time() - clock['seconds'], start - 1
 if start == 0:
@@ -305,7 +554,8 @@ bar = tqdm(total=rounds * N * local_steps, initial=start * N * local_steps, disa
 for t in range(start, rounds):
     last = t + 1 == rounds
     for user in users:                                       # in parallel in the paper, in turn here
-        load(user, server)                                   # download: every user starts from the same generalists
+        receive(user)                                        # download: every user starts from the same generalists
+        tail = federate.tail_norm(user.adapter, user.rank, prune_gamma) if aggregate == 'hetlora' else 0
         tic = time.time()
         for _ in range(local_steps):
             lr = cosine(user.expert_steps)
@@ -327,40 +577,66 @@ for t in range(start, rounds):
                         ppl=perplexity(ce_valid), lb=lb, lr=router_lr)
             bar.update()
             bar.set_postfix({'round': t + 1, 'user': user.name, 'loss': f'{ce:.3f}',
-                             'test ppl': f'{np.mean([u.test_ppl for u in users]):.3f}'})
+                             'test ppl': f'{np.mean(of_all("test_ppl")):.3f}'})
         clock['training'] += time.time() - tic
         if last or (t + 1) % eval_every == 0:                # after local steps, before aggregation
             user.test_ppl = test_perplexity(user, user.model, 'local')
-        log('comm', step=user.expert_steps, user=user.id, bytes_up=message_bytes, bytes_down=message_bytes)
+        if aggregate == 'hetlora' and federate.tail_norm(user.adapter, user.rank, prune_gamma) < tail:
+            prune(user)
+    updates = [upload(user) for user in users]
+    for user, download in zip(users, combine(updates)):      # θ^G = 1/N Σ_i θ_i^G, or another rule
+        user.download = download
+    for user, update in zip(users, updates):
+        user.bytes_up += federate.n_bytes(update)
+        log('comm', step=user.expert_steps, user=user.id, bytes_up=user.bytes_up, bytes_down=user.bytes_down)
+        clock['bytes_up'], clock['bytes_down'] = clock['bytes_up'] + user.bytes_up, clock['bytes_down'] + user.bytes_down
+        user.bytes_up = user.bytes_down = 0
     if server:
-        server = fedavg([upload(user) for user in users])    # θ^G = 1/N Σ_i θ_i^G
+        server = {name: users[0].download.get(name, users[0].adapter[name]) for name in common}
     clock['seconds'] = time.time() - began
     save_checkpoint()
     if last or (t + 1) % eval_every == 0:
-        tqdm.write(f'round {t + 1:3}/{rounds}  test perplexity ' + '  '.join(f'{u.name} {u.test_ppl:.3f}' for u in users))
+        tqdm.write(f'round {t + 1:3}/{rounds}  test perplexity ' + '  '.join(
+            f'{name} {ppl:.3f}' for name, ppl in zip(names, of_all('test_ppl'))))
 bar.close()
 
 # ---- the end: what came out ----------------------------------------------------------------------------------------
-save_adapters()
-if server and rounds:                                        # the same users once more, with the averaged generalists
+if fuse and rounds:
     for user in users:
-        load(user, server)
-        user.aggregated_ppl = test_perplexity(user, user.model, 'aggregated')
+        w1, w2 = fusion(user)
+        log('fusion', step=user.expert_steps, user=user.id, own=w1, mean=w2)
+        user.test_ppl = test_perplexity(user, user.model, 'fused')
+for user in users:                                           # what choices between runs may look at
+    with autocast:
+        result = evaluate(user.model, user.data['valid'], block_size)
+    user.valid_ppl = result['ppl']
+    log('eval', step=user.expert_steps, user=user.id, split='valid', when='final', loss=result['loss'], ppl=result['ppl'])
+save_adapters()
+after = bool(shares and rounds)
+for user in users if after else ():                          # the same users once more, after the last aggregation
+    receive(user)
+    user.aggregated_ppl = test_perplexity(user, user.model, 'aggregated')
 metrics.close()
-trained = [user.expert_steps + user.router_steps for user in users]
+if any(json.loads(line)['kind'] == 'trust' for line in open(out / 'metrics.jsonl', encoding='utf-8')):
+    import plot
+    plot.trust(out)
+
+
+steps = sum(user.batch_size * (user.expert_steps + user.router_steps) for user in users)     # windows trained on
 summary = {
-    'method': method, 'dataset': dataset, 'target': target, 'seed': seed, 'rounds': rounds,
-    'mean_test_ppl': float(np.mean([u.test_ppl for u in users])), 'test_ppl': [u.test_ppl for u in users],
-    'pretrained_test_ppl': [u.pretrained_ppl for u in users],
-    'aggregated_test_ppl': [u.aggregated_ppl for u in users] if server and rounds else None,
+    'method': method, 'dataset': dataset, 'target': target, 'seed': seed, 'rounds': rounds, 'users': names,
+    'mean_test_ppl': float(np.mean(of_all('test_ppl'))), 'test_ppl': of_all('test_ppl'),
+    'pretrained_test_ppl': of_all('pretrained_ppl'), 'aggregated_test_ppl': of_all('aggregated_ppl') if after else None,
+    'mean_valid_ppl': float(np.mean([u.valid_ppl for u in users])), 'valid_ppl': [u.valid_ppl for u in users],
     'trainable_params': [u.trainable if rounds else 0 for u in users],
-    'shared_params': sum(v.numel() for v in server.values()),
-    'bytes_up': message_bytes * rounds * N, 'bytes_down': message_bytes * rounds * N,
+    'shared_params': sum(v.numel() for v in upload(users[0]).values()),
+    'bytes_up': clock['bytes_up'], 'bytes_down': clock['bytes_down'],
     'seconds': time.time() - began,
-    'tokens_per_second': sum(trained) * batch_size * block_size / clock['training'] if rounds else None,
+    'tokens_per_second': steps * block_size / clock['training'] if rounds else None,
     'peak_rss_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)}
 write_atomically(out / 'summary.json', lambda file: file.write_text(json.dumps(summary, indent=1)))
-rows = [[u.name, u.pretrained_ppl, u.test_ppl] + ([u.aggregated_ppl] if server and rounds else []) for u in users]
-rows.append(['mean', *(float(np.mean([row[c] for row in rows])) for c in range(1, len(rows[0])))])
-print(table(['test perplexity', 'pretrained', method, 'after aggregation'][:len(rows[0])], rows))
+columns = {'pretrained': of_all('pretrained_ppl'), method: of_all('test_ppl')} | (
+    {'after aggregation': of_all('aggregated_ppl')} if after else {})
+print(table(['test perplexity', *columns], [[name, *ppl] for name, ppl in zip([*names, 'mean'], zip(
+    *([*c, float(np.mean(c))] for c in columns.values())))]))
 print(f'{summary["seconds"]:.0f} s; wrote {out}/summary.json, metrics.jsonl, config.json, checkpoint.pt, adapters/')

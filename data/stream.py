@@ -59,6 +59,14 @@ def load_dataset(folder: str | Path, block_size: int, vocab_size: int, target: s
     return meta, streams
 
 
+def load_text(file: str | Path, tokenizer: str) -> np.ndarray:
+    """A text file as one stream of tokens. Raises ValueError or OSError."""
+    try:
+        return np.array(encoding(tokenizer).encode_ordinary(Path(file).read_text(encoding='utf-8')))
+    except UnicodeDecodeError:
+        raise ValueError(f'{file} is not text in UTF-8') from None
+
+
 def load_stream(file: Path, dtype: np.dtype, n_tokens: int, sha256: str, vocab_size: int) -> np.ndarray:
     """One split, checked against meta.json. Raises ValueError naming the file."""
     if not file.exists():

@@ -319,7 +319,7 @@ def refused(capsys, run, *args) -> str:
     (['--init_from=nowhere'], 'no base model at'),
     (['--init_from=README.md'], 'cannot be read as model weights'),
     (['--device=tpu9'], 'device'),
-    (['--aggregate=none'], 'shares nothing'),
+    (['--aggregate=none'], 'shares no tensors'),
     (['--lora_rank=4,8,8'], '--lora_rank must be the same'),
     (['--resume'], 'no checkpoint.pt'),
     (['notes.txt'], 'neither a config file'),
