@@ -426,14 +426,14 @@ def prune(user: SimpleNamespace) -> None:
 
 def fusion(user: SimpleNamespace) -> tuple[float, float]:
     """FDLoRA's AdaFusion (2406.07925): (w1, w2) with which A = w1 A_own + w2 A_mean, B likewise, of the MLP LoRAs, have the
-    least loss on validation windows + 0.05 mean |w|. A search without gradients: steps along the axes, halved four times."""
+    least loss on validation windows + 0.05 mean |w|. A search without gradients: steps along the axes, halved twice."""
     own = {name: user.adapter[name].detach().clone() for name in user.download if user.role[name] == 'generalist'}
 
     def cost(w):
         return judged(user, federate.fuse(own, user.download, *w)) + 0.05 * (abs(w[0]) + abs(w[1])) / 2
     cost = functools.cache(cost)
     best, step = min(((1.0, 0.0), (0.0, 1.0), (0.5, 0.5)), key=cost), 0.25
-    while step > 0.02:
+    while step > 0.05:
         near = min(((best[0] + a, best[1] + b) for a, b in ((step, 0), (-step, 0), (0, step), (0, -step))), key=cost)
         best, step = (near, step) if cost(near) < cost(best) else (best, step / 2)
     load(user, federate.fuse(own, user.download, *best))
@@ -578,11 +578,11 @@ for t in range(start, rounds):
             bar.update()
             bar.set_postfix({'round': t + 1, 'user': user.name, 'loss': f'{ce:.3f}',
                              'test ppl': f'{np.mean(of_all("test_ppl")):.3f}'})
+        if aggregate == 'hetlora' and federate.tail_norm(user.adapter, user.rank, prune_gamma) < tail:
+            prune(user)
         clock['training'] += time.time() - tic
         if last or (t + 1) % eval_every == 0:                # after local steps, before aggregation
             user.test_ppl = test_perplexity(user, user.model, 'local')
-        if aggregate == 'hetlora' and federate.tail_norm(user.adapter, user.rank, prune_gamma) < tail:
-            prune(user)
     updates = [upload(user) for user in users]
     for user, download in zip(users, combine(updates)):      # θ^G = 1/N Σ_i θ_i^G, or another rule
         user.download = download
@@ -592,7 +592,7 @@ for t in range(start, rounds):
         clock['bytes_up'], clock['bytes_down'] = clock['bytes_up'] + user.bytes_up, clock['bytes_down'] + user.bytes_down
         user.bytes_up = user.bytes_down = 0
     if server:
-        server = {name: users[0].download.get(name, users[0].adapter[name]) for name in common}
+        server = {name: users[0].download.get(name, users[0].adapter[name].detach()) for name in common}
     clock['seconds'] = time.time() - began
     save_checkpoint()
     if last or (t + 1) % eval_every == 0:

@@ -8,3 +8,4 @@ block_size = 256        # bytes; the base's whole context
 batch_size = 4
 micro_batch_size = 4
 eval_every = 5
+judge_windows = 16      # for methods where users judge models: in the proportion of the batch to the paper's 64
