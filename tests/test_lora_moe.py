@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from conftest import relative_error
 
-from lora_moe import LoRA, LoRALinear, LoRAMoE, add_lora, initial, load_balance_loss, roles
+from lora_moe import GhostNoise, LoRA, LoRALinear, LoRAMoE, add_lora, initial, load_balance_loss, roles
 from model import GPT, MLP, GPTConfig
 
 CONFIG = GPTConfig(vocab_size=50, n_positions=16, n_layer=2, n_head=2, n_embd=16)
@@ -88,7 +88,7 @@ def test_routing_weights(n, k):
     """Invariant 2: K experts, weights that sum to one (a lone top-1 weight is its softmax probability, METHOD 1.1)."""
     moe = user_model(n, k).h[0].mlp
     x = torch.randn(40, 16)
-    routing = moe.route(x)
+    routing = moe.route(x[None])
     assert routing.probs.shape == (40, n) and routing.chosen.shape == routing.weights.shape == (40, k)
     assert all(len(set(row)) == k for row in routing.chosen.tolist())
     assert torch.allclose(routing.probs, (x @ moe.router.weight.T).softmax(-1))
@@ -288,3 +288,119 @@ def test_the_mlp_of_the_base_is_untouched():
     base = GPT(CONFIG)
     add_lora(base, 2, 1, rank=4)
     assert isinstance(base.h[0].mlp, MLP) and not any(p.requires_grad for p in base.parameters())
+
+
+# ---- what one routing decision covers (METHOD 3.1) -------------------------------------------------------------------
+def unit_model(unit, one_routing=False, n=4) -> GPT:
+    torch.manual_seed(1)
+    model = add_lora(GPT(CONFIG), n, 1, 4, routing_unit=unit, one_routing=one_routing)
+    for name, p in model.named_parameters():
+        if name in roles(model):
+            p.data.normal_(std=1.0 if 'router' in name else 0.1)
+    return model
+
+
+@pytest.mark.parametrize('unit', ['token', 'prefix', 'sequence'])
+def test_routing_units_against_means_of_the_routers_inputs(unit):
+    moe = unit_model(unit).h[0].mlp
+    x = torch.randn(3, 10, 16)
+    seen = {'token': x, 'prefix': torch.stack([x[:, :t + 1].mean(1) for t in range(10)], 1),
+            'sequence': x.mean(1, keepdim=True).expand_as(x)}[unit]
+    probs = (seen @ moe.router.weight.T).softmax(-1).flatten(0, 1)
+    routing = moe.route(x)
+    assert torch.allclose(routing.probs, probs, atol=1e-5)
+    assert torch.equal(routing.chosen, probs.topk(2).indices)
+
+
+def test_prefix_routing_does_not_look_ahead_and_sequence_routing_does():
+    """Changing the tokens after position t changes no logits up to t with 'token' and 'prefix'; with 'sequence' it does."""
+    torch.manual_seed(0)
+    a = torch.randint(50, (2, 12))
+    b = torch.cat((a[:, :7], torch.randint(50, (2, 5))), 1)
+    with torch.no_grad():
+        moved = {unit: (unit_model(unit)(a)[0][:, :7] - unit_model(unit)(b)[0][:, :7]).abs().max()
+                 for unit in ('token', 'prefix', 'sequence')}
+    assert moved['token'] < 1e-5 and moved['prefix'] < 1e-5 and moved['sequence'] > 1e-3
+
+
+def test_all_tokens_of_a_sequence_share_their_experts():
+    moe = unit_model('sequence').h[1].mlp
+    chosen = moe.route(torch.randn(5, 10, 16)).chosen.view(5, 10, 2)
+    assert (chosen == chosen[:, :1]).all() and len({tuple(row) for row in chosen[:, 0].tolist()}) > 1
+
+
+def test_one_routing_decision_for_all_layers():
+    """Only the first layer has a router; every other layer uses its very decision, and gradients of all layers reach it."""
+    model = unit_model('token', one_routing=True)
+    assert [name for name, role in roles(model).items() if role == 'router'] == ['h.0.mlp.router.weight']
+    loss, routing = model.loss(torch.randint(50, (2, 12)), torch.randint(50, (2, 12)))
+    assert routing[0] is routing[1]
+    loss.backward()
+    assert model.h[0].mlp.router.weight.grad.norm() > 0
+    assert unit_model('token').loss(torch.randint(50, (2, 12)), torch.randint(50, (2, 12)))[1][1] is not routing[0]
+
+
+# ---- ghost noise (METHOD 3.3) ----------------------------------------------------------------------------------------
+def test_ghost_noise_is_the_identity_outside_training_and_for_a_lone_sequence():
+    x = torch.randn(6, 10, 16)
+    assert torch.equal(GhostNoise(8).eval()(x), x) and torch.equal(GhostNoise(8).train()(x[:1]), x[:1])
+    assert not torch.equal(GhostNoise(8).train()(x), x)
+
+
+def test_ghost_noise_by_hand(monkeypatch):
+    """x' = (x - (μ~ - μ)) / sqrt((σ~² + ε) / (σ² + ε)), statistics of the drawn and of all other sequences."""
+    x, drawn = torch.randn(3, 10, 4), torch.tensor([[0, 1], [1, 1], [0, 0]])     # of the two others of each sequence
+    others = [[1, 2], [0, 2], [0, 1]]
+    monkeypatch.setattr(torch, 'randint', lambda *a, **k: drawn.clone())
+    y = GhostNoise(2).train()(x)
+    for b in range(3):
+        ghost = torch.cat([x[others[b][i]] for i in drawn[b]])                   # (2 T, C)
+        pool = torch.cat([x[i] for i in others[b]])
+        shift = ghost.mean(0) - pool.mean(0)
+        scale = ((ghost.var(0, correction=0) + 1e-3) / (pool.var(0, correction=0) + 1e-3)).sqrt()
+        assert torch.allclose(y[b], (x[b] - shift) / scale, atol=1e-5)
+
+
+def test_ghost_noise_has_the_stated_mean_and_variance():
+    """Over many draws of n = 4: E[shift] = 0 and Var[shift_c] = Var(mean of channel c over the other sequences) / 4."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 20, 3) + torch.randn(8, 1, 3)
+    noise = GhostNoise(4).train()
+    flat = x - x.mean(1, keepdim=True)                          # with equal variances only the shift is left to see
+    x = flat / flat.std(1, keepdim=True, correction=0) + torch.randn(8, 1, 3)
+    means = x.mean(1)                                           # (8, 3)
+    others = torch.stack([torch.cat((means[:b], means[b + 1:])) for b in range(8)])      # (8, 7, 3)
+    shifts, real = [], torch.Tensor.sqrt
+    for _ in range(4000):
+        state = torch.get_rng_state()
+        i = torch.randint(7, (8, 4))
+        torch.set_rng_state(state)
+        i += i >= torch.arange(8)[:, None]
+        drawn = means[i].mean(1)
+        y = noise(x)
+        var = 1 + means[i].square().mean(1) - drawn.square()    # E[x²] - E[x]² of the drawn sequences together
+        pool = 1 + others.square().mean(1) - others.mean(1).square()
+        shifts.append(x[:, 0] - y[:, 0] * real((var + 1e-3) / (pool + 1e-3)))
+    shifts = torch.stack(shifts)
+    assert (shifts.mean(0).abs() < 4 * shifts.std(0) / 4000 ** 0.5).all()
+    assert torch.allclose(shifts.var(0), others.var(1, correction=0) / 4, rtol=0.15)
+
+
+def test_ghost_noise_vanishes_with_many_draws_and_sends_no_gradient_through_its_statistics():
+    x = torch.randn(6, 10, 4, requires_grad=True)
+    assert torch.allclose(GhostNoise(200_000).train()(x), x, atol=0.02)
+    y = GhostNoise(2).train()(x)
+    (grad,) = torch.autograd.grad(y[0].sum(), x)
+    assert grad[0].abs().min() > 0 and not grad[1:].any()       # sequence 0 alone, though the others made its noise
+
+
+def test_ghost_noise_does_not_let_a_sequence_see_itself():
+    """What is drawn for sequence b does not depend on b's own values: no token sees its own future through the noise."""
+    x = torch.randn(4, 10, 4)
+    z = x.clone()
+    z[2, 5:] += 3.0
+    torch.manual_seed(3)
+    a = GhostNoise(4).train()(x)
+    torch.manual_seed(3)
+    b = GhostNoise(4).train()(z)
+    assert torch.allclose(a[2, :5], b[2, :5], atol=1e-5) and not torch.allclose(a[1], b[1], atol=1e-2)
