@@ -1,4 +1,4 @@
-"""nanoGPT's configuration idea with its gaps closed: a script's module-level variables are its switches.
+"""nanoGPT's configuration idea with its gaps closed: a script's lower-case module-level variables are its switches.
 
     python train.py config/demo.py config/mine.py --n_experts=4,2,2,2 --expert_lr=1e-3 --resume
 
@@ -26,7 +26,7 @@ def configure(script: dict, argv: list[str], rows: dict | None = None, per_user:
     """Overrides the variables of `script` (its globals()) and returns the effective configuration, in source order.
 
     rows: {method: {switch: value}}; per_user: names that also take a tuple, one entry per user. Dies on bad input."""
-    defaults = {k: v for k, v in script.items() if not k.startswith('_') and type(v) in KINDS}
+    defaults = {k: v for k, v in script.items() if k.islower() and not k.startswith('_') and type(v) in KINDS}
     if '--help' in argv or '-h' in argv:
         print(help_text(script))
         raise SystemExit(0)

@@ -69,7 +69,6 @@ def fingerprint(model: GPT) -> str:
 def table(header: list, rows: list[list], left: int = 1) -> str:
     """A text table; floats with three decimals, the first columns (`left` of them) to the left."""
     cells = [[f'{c:.3f}' if isinstance(c, float) else '-' if c is None else str(c) for c in row] for row in [header, *rows]]
-    cells = [row + [''] * (max(map(len, cells)) - len(row)) for row in cells]
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ['  '.join(c.rjust(w) if i >= left else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
              for row in cells]

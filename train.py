@@ -86,44 +86,40 @@ device = 'auto'                 # auto | cpu | cuda | cuda:N | mps
 dtype = 'auto'                  # auto (bfloat16 autocast on CUDA, else float32) | float32 | bfloat16
 
 
-
-def row(n_experts, n_generalists, share_attention, router, router_data, aggregate, lora_rank=8, **more) -> dict:
-    return dict(n_experts=n_experts, n_generalists=n_generalists, share_attention=share_attention, router=router,
-                router_data=router_data, aggregate=aggregate, lora_rank=lora_rank, **more)
-
-
-METHODS = {  # experts, generalists, share_attention, router, router_data, aggregate, rank; where the paper has it; what it is
-    'pretrained': (row(1, 0, False, 'mean', 'valid', 'none'), 'Table 1', 'the base as it is, no training'),
-    'centralized': (row(2, 0, False, 'mean', 'valid', 'none', pooled=True), 'Table 1', 'one model on all text pooled'),
-    'local': (row(2, 0, False, 'mean', 'valid', 'none'), 'Table 1', 'everybody alone'),
-    'fedavg': (row(2, 2, True, 'mean', 'valid', 'fedavg'), 'Table 1', 'every LoRA averaged: one model for all'),
-    'ffa_lora': (row(1, 1, True, 'mean', 'valid', 'ffa', 16), 'Table 1', 'A frozen, B averaged (2403.12313)'),
-    'pcl': (row(2, 2, True, 'mean', 'valid', 'trust'), 'Table 1', "averages weighted by each user's trust (2404.09753)"),
-    'comigs_2s': (row(2, 0, False, 'learned', 'valid', 'none'), 'Table 1', 'two specialists, nothing shared'),
-    'comigs_2g': (row(2, 2, True, 'learned', 'valid', 'fedavg'), 'Table 1', 'two generalists, own routers'),
-    'comigs_1g1s': (row(2, 1, True, 'learned', 'valid', 'fedavg'), 'Table 1', 'one generalist, one specialist, own router'),
-    'comigs_1gxs': (row(4, 1, True, 'learned', 'valid', 'fedavg'), 'Table 2', 'one generalist, --n_experts=4,2,2,2 in all'),
-    'hetlora': (row(1, 1, True, 'mean', 'valid', 'hetlora', 16), 'Table 2', 'ranks that differ, padded, pruned (2401.06432)'),
-    'flexlora': (row(1, 1, True, 'mean', 'valid', 'flexlora', 16), 'Table 2', 'ranks that differ, by SVD (2402.11505)'),
-    'local_moe': (row(2, 0, False, 'learned', 'joint', 'none'), 'Table 4', '2S, router trained with the experts'),
-    'fedavg_moe': (row(2, 2, True, 'learned', 'joint', 'fedavg'), 'Table 4', '2G, router trained with the experts'),
-    'pfedmoe': (row(2, 1, True, 'learned', 'joint', 'fedavg'), 'Table 4', '1G1S, router trained with the experts (2402.01350)'),
-    'local_moe_tr': (row(2, 0, False, 'learned', 'train', 'none'), 'Table 4', '2S, router phase on training text'),
-    'fedavg_moe_tr': (row(2, 2, True, 'learned', 'train', 'fedavg'), 'Table 4', '2G, router phase on training text'),
-    'comigs_1g1s_tr': (row(2, 1, True, 'learned', 'train', 'fedavg'), 'Table 4', '1G1S, router phase on training text'),
-    'fedsa_lora': (row(1, 1, True, 'mean', 'valid', 'fedsa', 16), '-', 'A averaged, B stays (2410.01463)'),
-    'fdlora': (row(1, 1, True, 'mean', 'valid', 'fedavg', 16, fuse=True), '-', 'FedAvg, fused with the own LoRA (2406.07925)'),
-    'flora': (row(1, 1, True, 'mean', 'valid', 'flora', 16), '-', 'LoRAs stacked and merged into the base (2409.05976)'),
-    'consensus': (row(2, 0, False, 'mean', 'valid', 'consensus'), '-', 'only predictions on public text leave (2305.18497)'),
+# (experts, generalists, attention shared, router, trained on, combined by, rank), the paper's table, what it is, other switches
+COLUMNS = ('n_experts', 'n_generalists', 'share_attention', 'router', 'router_data', 'aggregate', 'lora_rank')
+METHODS = {
+    'pretrained':     ((1, 0, False, 'mean',    'valid', 'none',      8), 'T1', 'the base, no training'),
+    'centralized':    ((2, 0, False, 'mean',    'valid', 'none',      8), 'T1', 'one model on pooled text', dict(pooled=True)),
+    'local':          ((2, 0, False, 'mean',    'valid', 'none',      8), 'T1', 'everybody alone'),
+    'fedavg':         ((2, 2, True,  'mean',    'valid', 'fedavg',    8), 'T1', 'every LoRA averaged'),
+    'ffa_lora':       ((1, 1, True,  'mean',    'valid', 'ffa',       16), 'T1', 'A frozen, B averaged (2403.12313)'),
+    'pcl':            ((2, 2, True,  'mean',    'valid', 'trust',     8), 'T1', 'averages weighted by trust (2404.09753)'),
+    'comigs_2s':      ((2, 0, False, 'learned', 'valid', 'none',      8), 'T1', 'two specialists, own router, nothing shared'),
+    'comigs_2g':      ((2, 2, True,  'learned', 'valid', 'fedavg',    8), 'T1', 'two generalists, own router'),
+    'comigs_1g1s':    ((2, 1, True,  'learned', 'valid', 'fedavg',    8), 'T1', 'generalist, specialist, own router'),
+    'comigs_1gxs':    ((4, 1, True,  'learned', 'valid', 'fedavg',    8), 'T2', 'one generalist of n_experts'),
+    'hetlora':        ((1, 1, True,  'mean',    'valid', 'hetlora',   16), 'T2', 'ranks differ: padded, pruned (2401.06432)'),
+    'flexlora':       ((1, 1, True,  'mean',    'valid', 'flexlora',  16), 'T2', 'ranks differ: by SVD (2402.11505)'),
+    'local_moe':      ((2, 0, False, 'learned', 'joint', 'none',      8), 'T4', '2S, router with the experts'),
+    'fedavg_moe':     ((2, 2, True,  'learned', 'joint', 'fedavg',    8), 'T4', '2G, router with the experts'),
+    'pfedmoe':        ((2, 1, True,  'learned', 'joint', 'fedavg',    8), 'T4', '1G1S, router with the experts (2402.01350)'),
+    'local_moe_tr':   ((2, 0, False, 'learned', 'train', 'none',      8), 'T4', '2S, router on training text'),
+    'fedavg_moe_tr':  ((2, 2, True,  'learned', 'train', 'fedavg',    8), 'T4', '2G, router on training text'),
+    'comigs_1g1s_tr': ((2, 1, True,  'learned', 'train', 'fedavg',    8), 'T4', '1G1S, router on training text'),
+    'fedsa_lora':     ((1, 1, True,  'mean',    'valid', 'fedsa',     16), '-', 'A averaged, B stays (2410.01463)'),
+    'fdlora':         ((1, 1, True,  'mean',    'valid', 'fedavg',    16), '-', 'FedAvg and own (2406.07925)', dict(fuse=True)),
+    'flora':          ((1, 1, True,  'mean',    'valid', 'flora',     16), '-', 'stacked, merged into the base (2409.05976)'),
+    'consensus':      ((2, 0, False, 'mean',    'valid', 'consensus', 8), '-', 'only predictions leave (2305.18497)'),
 }
 RULES = ('none', 'fedavg', 'ffa', 'fedsa', 'trust', 'median', 'trimmed_mean', 'hetlora', 'flexlora', 'flora', 'consensus')
 if '--list_methods' in sys.argv:
-    columns = list(METHODS['centralized'][0])[:7]
-    print(table(['--method', 'paper', 'what it is', *columns], [[name, where, what, *(switches[c] for c in columns), *(
-        f'{k}={v}' for k, v in switches.items() if k not in columns)] for name, (switches, where, what) in METHODS.items()], 3))
+    print(table(['--method', 'paper', 'what it is', *COLUMNS, 'more'], [
+        [name, where, what, *row, ' '.join(f'{k}={v}' for switches in more for k, v in switches.items())]
+        for name, (row, where, what, *more) in METHODS.items()], left=3))
     sys.exit()
-config = configure(globals(), sys.argv[1:], {name: switches for name, (switches, *_) in METHODS.items()},
-                   per_user=('n_experts', 'lora_rank'))
+rows = {name: dict(zip(COLUMNS, row)) | (more[0] if more else {}) for name, (row, _, _, *more) in METHODS.items()}
+config = configure(globals(), sys.argv[1:], rows, per_user=('n_experts', 'lora_rank'))
 if method == 'pretrained':
     rounds = config['rounds'] = 0   # the base as it is, whatever a config file says
 
