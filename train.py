@@ -148,6 +148,9 @@ if fuse and (aggregate != 'fedavg' or not n_generalists):
     die('--fuse mixes a user\'s own and the averaged generalists: it needs --aggregate=fedavg and --n_generalists=1 or more')
 if ghost_noise and min(batch_size, micro_batch_size) < 2:
     die(f'--ghost_noise={ghost_noise} draws other sequences of a micro-batch: --micro_batch_size must be 2 or more')
+asks_public = aggregate == 'consensus' or (aggregate, trust) == ('trust', 'predictions')
+if public_text and not asks_public:
+    die(f'--public_text={public_text} is read by --aggregate=consensus and --trust=predictions only')
 out = Path(out_dir)
 if out.exists() and not out.is_dir():
     die(f'--out_dir={out_dir} is a file: give a folder')
@@ -169,12 +172,10 @@ except (OSError, ValueError, RuntimeError, AssertionError) as error:
 if block_size > base.config.n_positions:
     die(f'--block_size={block_size}: {init_from} has only {base.config.n_positions} positions')
 names = [u['name'] for u in meta['users']]
-tests = [[(i, data['test'])] for i, data in enumerate(streams)]                  # whose test text a model is tested on
-if pooled:
-    tests, train_names = [sum(tests, [])], ['all']
+tests = [[(i, data['test'])] for i, data in enumerate(streams)]                  # whose test text a user's model is tested on
+if pooled:                                                                       # one user with everybody's text
+    tests = [sum(tests, [])]
     streams = [{split: np.concatenate([data[split] for data in streams]) for split in ('train', 'valid')}]
-else:
-    train_names = names
 N = len(streams)
 
 
@@ -218,7 +219,7 @@ for i in range(N):
     phi = [p for name, p in adapter.items() if role[name] == 'router' and router == 'learned']  # the upper level
     adamw = dict(betas=(0.9, 0.95), weight_decay=weight_decay, fused=device_type != 'mps')
     user = SimpleNamespace(
-        id=i, name=train_names[i], data=streams[i], tests=tests[i], model=model, role=role, adapter=adapter,
+        id=i, name='all' if pooled else names[i], data=streams[i], tests=tests[i], model=model, role=role, adapter=adapter,
         expert_opt=torch.optim.AdamW(theta + phi if router_data == 'joint' else theta, lr=expert_lr, **adamw),
         router_opt=torch.optim.AdamW(phi, lr=router_lr, **adamw) if phi and router_data != 'joint' else None,
         batch_size=batch_size * len(tests[i]), trained={id(p) for p in theta + phi},
@@ -257,7 +258,7 @@ def whole_windows(tokens: np.ndarray, n: int) -> torch.Tensor:
     return torch.from_numpy(tokens[:n * block_size].astype(np.int64)).view(n, block_size)
 
 
-if aggregate == 'consensus' or (aggregate, trust) == ('trust', 'predictions'):
+if asks_public:
     public = whole_windows(public, judge_windows) if public_text else torch.cat(
         [whole_windows(data['valid'], math.ceil(judge_windows / N)) for data in streams])
     if not len(public):
@@ -267,7 +268,8 @@ if aggregate == 'consensus' or (aggregate, trust) == ('trust', 'predictions'):
 
 def descend(user: SimpleNamespace, optimizer: torch.optim.Optimizer, tokens: np.ndarray, key: tuple) -> tuple[float, float]:
     """One optimizer step on one batch; changes only the tensors that this optimizer holds. Returns cross-entropy (nats per
-    token) and load balancing, means over the batch. No gradient survives the step, so nothing crosses the two levels."""
+    token) and load balancing, means over the batch. No gradient survives the step, so nothing crosses the two levels
+    (unless leak_gradients: then every loss reaches every trained tensor, and a step clears its own optimizer's only)."""
     held = {id(p) for group in optimizer.param_groups for p in group['params']}
     for p in user.adapter.values():
         p.requires_grad_(id(p) in (user.trained if leak_gradients else held))

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-COMMANDS = sorted(set(re.findall(r'^python ((?:train|eval|pretrain|data/prepare)\.py [^#\n]*?)\s*(?:#.*)?$',
+COMMANDS = sorted(set(re.findall(r'^python ((?:train|eval|pretrain|reproduce|data/prepare)\.py [^#\n]*?)\s*(?:#.*)?$',
                                  (ROOT / 'README.md').read_text(), re.M)))
 
 
@@ -47,6 +47,15 @@ def test_every_prepare_command_is_accepted(command, tmp_path):
         pytest.skip('run for real above')
     done = python(*args, f'--source={tmp_path}/nowhere', f'--out_root={tmp_path}')
     assert done.returncode == 2 and 'nowhere does not exist' in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize('command', [c for c in COMMANDS if c.startswith('reproduce.py')])
+def test_every_table_command_is_accepted(command):
+    """Known tables, switches and seeds: it lists the runs, or stops at the data that is not there."""
+    args = shlex.split(command)
+    done = python(*args, *(['--dry_run'] if '--dry_run' not in args else []))
+    assert done.returncode == 0 and 'to do' in done.stdout or (
+        done.returncode == 2 and 'meta.json: run python data/prepare.py' in done.stderr), done.stderr
 
 
 def test_files_named_in_the_readme_exist():
