@@ -45,7 +45,7 @@ n_generalists = 1               # experts 0 .. n_generalists-1 are averaged over
 share_attention = True          # whether the attention LoRAs are averaged too
 router = 'learned'              # learned | mean (plain mean of all experts) | frozen (random, never trained)
 router_data = 'valid'           # valid | train (own phase on either) | joint (with the experts, training loss)
-aggregate = 'fedavg'            # how what left the users is combined: a rule of federate.py, see RULES
+aggregate = 'fedavg'            # none, or a rule: fedavg ffa fedsa trust median trimmed_mean hetlora flexlora flora consensus
 lora_rank = 8                   # rank of the MLP LoRAs; one int, or one per user
 lora_alpha = 16.0               # scaling is lora_alpha / sqrt(rank)
 top_k = 2                       # experts run per token
@@ -115,7 +115,7 @@ METHODS = {
 RULES = ('none', 'fedavg', 'ffa', 'fedsa', 'trust', 'median', 'trimmed_mean', 'hetlora', 'flexlora', 'flora', 'consensus')
 if '--list_methods' in sys.argv:
     print(table(['--method', 'paper', 'what it is', *COLUMNS, 'more'], [
-        [name, where, what, *row, ' '.join(f'{k}={v}' for switches in more for k, v in switches.items())]
+        [name, where.replace('T', 'Table '), what, *row, ' '.join(f'{k}={v}' for switches in more for k, v in switches.items())]
         for name, (row, where, what, *more) in METHODS.items()], left=3))
     sys.exit()
 rows = {name: dict(zip(COLUMNS, row)) | (more[0] if more else {}) for name, (row, _, _, *more) in METHODS.items()}

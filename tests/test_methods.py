@@ -47,7 +47,7 @@ def test_every_method_is_listed(train, capsys):
         train('--list_methods')
     listed = capsys.readouterr().out
     assert {line.split()[0] for line in listed.splitlines()[2:]} == {'pretrained', *SHARING, *ALONE}
-    assert 'consensus' in listed and '2305.18497' in listed and 'T4' in listed
+    assert 'consensus' in listed and '2305.18497' in listed and 'Table 4' in listed
 
 
 @pytest.mark.parametrize('method, n', [('local', '3,1,2'), ('comigs_2s', '3,1,2'), ('local_moe', '3,1,2'),
