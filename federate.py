@@ -3,7 +3,7 @@
 A user's tensors and their roles come from lora_moe.roles. What may leave is decided by `shared_names` and nowhere else
 (METHOD 0.5): generalists, and the attention LoRAs if they are shared. Specialists, routers, optimizer state and text never
 do. An update is what one user sends: {name: tensor}, every LoRA a pair NAME.A (r, in) and NAME.B (out, r), ΔW = γ B A.
-Sums run in float64 over values sorted along the users, so neither the users' order nor their arrival changes a bit.
+Means run in float64 over values sorted along the users, so neither the users' order nor their arrival changes a bit of them.
 
 Shapes: N users, r_k the rank of user k, P positions of public text, K likeliest tokens at each, V vocabulary.
 """
@@ -40,8 +40,10 @@ def like(values: Tensors, update: Tensors) -> Tensors:
 
 # ---- means of parameters -------------------------------------------------------------------------------------------
 def weighted_sum(updates: list[Tensors], weights: list[float]) -> Tensors:
-    """Σ_k w_k θ_k for every tensor."""
+    """Σ_k w_k θ_k for every tensor, one weight per update (else ValueError)."""
     total = {}
+    if len(weights) != len(updates):
+        raise ValueError(f'{len(weights)} weights for {len(updates)} updates')
     for name, t in stacked(updates).items():
         w = torch.tensor(weights, dtype=torch.float64).view(-1, *[1] * (t.dim() - 1))           # (N, 1, ...)
         total[name] = (w * t).sort(0).values.sum(0)
@@ -110,6 +112,16 @@ def pairs(update: Tensors) -> list[str]:
     return [name[:-2] for name in update if name.endswith('.A')]
 
 
+def check_but_for_ranks(updates: list[Tensors], *numbers: list[float]) -> None:
+    """Raises ValueError unless all updates have the same LoRAs, of the same shapes but for the rank, and one number each."""
+    shapes = [{name: t.shape[name.endswith('.A')] for name, t in update.items()} for update in updates]     # in of A, out of B
+    for i, (update, shape) in enumerate(zip(updates, shapes)):
+        if shape != shapes[0] or any(len(update[n + '.A']) != update[n + '.B'].shape[1] for n in pairs(update)):
+            raise ValueError(f'update {i} has other tensors or shapes than update 0, or a LoRA whose A and B differ in rank')
+    if any(len(given) != len(updates) for given in numbers):
+        raise ValueError(f'{[len(given) for given in numbers]} weights or scalings for {len(updates)} updates')
+
+
 def truncate(update: Tensors, rank: int) -> Tensors:
     """The first `rank` components of every generalist: A[:r, :], B[:, :r]. Attention LoRAs have one rank for all."""
     return {name: t if 'generalists' not in name else t[:rank] if name.endswith('.A') else t[:, :rank]
@@ -120,6 +132,7 @@ def hetlora(updates: list[Tensors], scalings: list[float]) -> Tensors:
     """Ā = Σ_k p_k pad(A_k), B̄ = Σ_k p_k pad(B_k), zero-padded to the largest rank; p_k = |γ_k B_k A_k|_F / Σ_j |γ_j B_j A_j|_F
     for each LoRA, uniform if all are 0 (HetLoRA, 2401.06432; METHOD 2). A component that only some users have is diluted:
     its weights sum to less than 1. scalings: γ_k. A user takes `truncate(server, r_k)`."""
+    check_but_for_ranks(updates, scalings)
     server = {}
     for name in pairs(updates[0]):
         r_max = max(u[name + '.A'].shape[0] for u in updates)
@@ -128,7 +141,7 @@ def hetlora(updates: list[Tensors], scalings: list[float]) -> Tensors:
         B = [F.pad(b, (0, r_max - b.shape[1])) for b in B]          # (out, r_max)
         # |B A|_F² = tr((A Aᵀ)(Bᵀ B)): r x r products instead of one that is out x in
         norm = torch.stack([g * ((a @ a.T) * (b.T @ b)).sum().clamp_min(0).sqrt() for g, a, b in zip(scalings, A, B)])
-        p = norm / norm.sum() if norm.sum() > 0 else torch.full_like(norm, 1 / len(updates))                  # (N,)
+        p = norm / norm.sort().values.sum() if norm.sum() > 0 else torch.full_like(norm, 1 / len(updates))
         server |= weighted_sum([{name + '.A': a, name + '.B': b} for a, b in zip(A, B)], p.tolist())
     return like(server, updates[0])
 
@@ -144,6 +157,7 @@ def tail_norm(tensors: Tensors, rank: int, gamma: float) -> torch.Tensor | float
 def flora(updates: list[Tensors], weights: list[float], scalings: list[float]) -> Tensors:
     """B̄ = [B_1 ... B_N], Ā = [w_1 γ_1 A_1; ...; w_N γ_N A_N], so that B̄ Ā = Σ_k w_k γ_k B_k A_k exactly, whatever the ranks
     (FLoRA, 2409.05976). Rank Σ r_k, outer scale 1."""
+    check_but_for_ranks(updates, weights, scalings)
     server = {}
     for name in pairs(updates[0]):
         server[name + '.A'] = torch.cat([w * g * u[name + '.A'] for u, w, g in zip(updates, weights, scalings)])
@@ -224,7 +238,9 @@ def consensus(predictions: list[Predictions], weights: list[float], vocab_size: 
 
 def consensus_loss(logits: torch.Tensor, psi: Predictions) -> torch.Tensor:
     """CE(ψ, p) in nats, mean over positions, over K + 1 classes: ψ's tokens and all others as one. logits (p, V)."""
-    log_p = logits.float().log_softmax(-1).gather(1, psi[0].long())                         # (p, K)
-    rest = (1 - log_p.exp().sum(1)).clamp_min(1e-6).log()                                   # (p,)
-    target = psi[1].float()
-    return -((target * log_p).sum(1) + (1 - target.sum(1)).clamp_min(0) * rest).mean()
+    ids, target = psi[0].long(), psi[1].float()
+    log_p = logits.float().log_softmax(-1)                                                  # (p, V)
+    loss = -(target * log_p.gather(1, ids)).sum(1)                                          # (p,)
+    if ids.shape[1] < log_p.shape[1]:
+        loss = loss - (1 - target.sum(1)).clamp_min(0) * log_p.scatter(1, ids, -torch.inf).logsumexp(1)
+    return loss.mean()

@@ -126,12 +126,46 @@ def test_one_hostile_user_of_four_moves_the_mean_but_not_the_robust_rules(factor
     assert not ((fedavg(hostile)['a'] >= low) & (fedavg(hostile)['a'] <= high)).all()
 
 
+def test_no_rule_writes_to_what_it_is_given():
+    w, gamma, W = [0.2, 0.5, 0.3], [1.0, 2.0, 3.0], torch.full((3, 3), 1 / 3)
+    rules = [fedavg, median, weight_scores, lambda u: trimmed_mean(u, 0.4), lambda u: weighted_sum(u, w),
+             lambda u: trust_average(u, W), lambda u: hetlora(u, gamma), lambda u: flora(u, w, gamma),
+             lambda u: flexlora(u, w, gamma), lambda u: fuse(u[0], u[1], 0.3, 0.7)]
+    given, kept = lora_updates([4, 4, 4]), lora_updates([4, 4, 4])
+    for rule in rules:
+        rule(given)
+        assert all(same(a, b) for a, b in zip(given, kept))
+
+
 def test_other_names_or_shapes_are_refused():
     good, other = updates(2)
     for rule in RULES.values():
         for bad in ({'a': other['a']}, {**other, 'c': torch.zeros(1)}, {**other, 'b': torch.zeros(1)}):
             with pytest.raises(ValueError, match='update 1'):
                 rule([good, bad])
+    one, other = lora_updates([4, 4])
+    for rule in (lambda u: weighted_sum(u, [0.5, 0.5]), lambda u: trust_average(u, torch.eye(2)), weight_scores,
+                 lambda u: hetlora(u, [1.0, 1.0])):
+        with pytest.raises(ValueError, match='update 1'):
+            rule([one, {name: t[:, :-1] if name.endswith('.A') else t for name, t in other.items()}])
+
+
+def test_a_mean_is_summed_in_float64():
+    """1e8 + 1 - 1e8 = 1: float32 would lose the 1."""
+    given = [{'a': torch.tensor([x])} for x in (1e8, 1.0, -1e8)]
+    assert weighted_sum(given, [1.0, 1.0, 1.0])['a'].item() == 1.0 and fedavg(given)['a'].item() == pytest.approx(1 / 3)
+
+
+def test_median_and_trimmed_mean_withstand_as_many_hostile_users_as_they_promise():
+    """4 of 9 for the median, ⌊0.25 * 9⌋ = 2 for the trimmed mean, whatever they send and whoever they are."""
+    honest = updates(9)
+    for rule, hostile in (('median', [0, 3, 5, 8]), ('trimmed_mean', [2, 7])):
+        sent = [{name: torch.full_like(t, (-1e6, 1e6)[i % 2]) if i in hostile else t for name, t in u.items()}
+                for i, u in enumerate(honest)]
+        for name in ('a', 'b'):
+            low, high = torch.stack([u[name] for i, u in enumerate(honest) if i not in hostile]).aminmax(dim=0)
+            bent = RULES[rule](sent)[name]
+            assert (bent >= low - 1e-6).all() and (bent <= high + 1e-6).all()
 
 
 # ---- trust -----------------------------------------------------------------------------------------------------------
@@ -174,6 +208,13 @@ def test_trust_by_weights_is_the_mean_cosine_of_rows():
     assert torch.allclose(S.diagonal(), torch.ones(3).double())
 
 
+def test_rows_of_zeros_count_as_unlike():
+    """Before any training B = 0: its 12 + 12 rows add nothing to the 4 + 8 of the A, which start equal."""
+    given = lora_updates([4]) * 2
+    given = [{name: torch.zeros_like(t) if name.endswith('.B') else t for name, t in u.items()} for u in given]
+    assert torch.allclose(weight_scores(given), torch.full((2, 2), 12 / 36).double())
+
+
 def predictions_of(logits: torch.Tensor, k: int, as_logits=False) -> tuple:
     """(P, V) logits of a made-up user as what it would send."""
     top = (logits if as_logits else logits.softmax(-1)).topk(k)
@@ -212,6 +253,19 @@ def test_identical_users_trust_each_other_equally():
     assert torch.allclose(prediction_trust(given, 30), uniform)
 
 
+def test_identical_users_are_a_fixed_point_of_any_trust():
+    one, W = updates(1)[0], trust_matrix(5 * torch.randn(4, 4, generator=torch.Generator().manual_seed(0)), 1.0)
+    assert all(same(mine, one) for mine in trust_average([one] * 4, W))
+
+
+def test_a_single_user_trusts_itself():
+    (logits,), (probs,), (weights,) = made_up(1, as_logits=True), made_up(1), updates(1)
+    W = trust_matrix(prediction_scores([logits], 30), 1.0)
+    assert W.tolist() == prediction_trust([probs], 30).tolist() == [[1.0]]
+    assert same(trust_average([weights], W)[0], weights)
+    assert np.array_equal(full(consensus([probs], [1.0], 30)), full(probs))
+
+
 # ---- predictions instead of parameters ---------------------------------------------------------------------------------
 @pytest.mark.parametrize('k', [10, 30])
 def test_prediction_trust_is_cosine_over_entropy(k):
@@ -228,6 +282,25 @@ def test_prediction_trust_is_cosine_over_entropy(k):
     W = prediction_trust(given, 30).numpy()
     assert np.allclose(W, s / s.sum(1, keepdims=True), atol=1e-5)
     assert np.allclose(W.sum(1), 1) and (W > 0).all() and (W.argmax(1) == np.arange(4)).all()         # s_ii >= s_ij
+
+
+def test_words_that_nobody_predicts_change_nothing():
+    """Neither trust nor ψ: also where the vocabulary is so large that the positions are taken in pieces (32 and 8)."""
+    large, w = 2 ** 17, [0.1, 0.2, 0.3, 0.4]
+    probs, logits = made_up(4), made_up(4, as_logits=True)
+    assert torch.allclose(prediction_trust(probs, large), prediction_trust(probs, 30), atol=1e-6)
+    assert torch.allclose(prediction_scores(logits, large), prediction_scores(logits, 30), atol=1e-4)
+    psi = consensus(probs, w, large)
+    assert psi[0].shape == (40, 10) and np.allclose(full(psi), full(consensus(probs, w, 30)), atol=1e-6)
+
+
+def test_trust_is_the_judges_own_confidence_by_hand():
+    """User 0 is sure at position 0 and has two equal guesses at position 1, where H = ln 2; user 1 says token 0 twice.
+    s_01 = (1 + cos 45° / (1 + ln 2)) / 2 and s_00 = (1 + 1 / (1 + ln 2)) / 2; user 1's H is 0, s_10 = (1 + cos 45°) / 2."""
+    given = [(torch.tensor([[0, 1], [0, 1]]).int(), torch.tensor(p).half()) for p in ([[1, 0], [.5, .5]], [[1.0, 0], [1, 0]])]
+    h, cos = 1 + np.log(2), np.sqrt(0.5)
+    s = np.array([[1 + 1 / h, 1 + cos / h], [1 + cos, 2]])
+    assert np.allclose(prediction_trust(given, 2), s / s.sum(1, keepdims=True), atol=1e-6)
 
 
 def test_a_user_with_permuted_predictions_is_trusted_least():
@@ -263,6 +336,19 @@ def test_iterated_trust_converges_to_the_perron_vector():
     assert all(np.allclose(full(q), limit, atol=3e-3) for q in p)
 
 
+def test_consensus_under_a_lopsided_trust_is_not_the_mean():
+    """π = (2/3, 1/4, 1/12) of this W: the limit πᵀ p has rank one over the users and is far from the plain mean."""
+    W, pi = np.array([[.9, .075, .025], [.2, .75, .05], [.2, .15, .65]]), np.array([2 / 3, 1 / 4, 1 / 12])
+    assert np.allclose(pi @ W, pi) and np.allclose(W.sum(1), 1)
+    first = made_up(3, k=30, seed=3)
+    p, limit, mean = first, sum(x * full(q) for x, q in zip(pi, first)), np.mean([full(q) for q in first], 0)
+    for _ in range(40):
+        p = [consensus(p, row, 30) for row in W.tolist()]
+    assert all(np.allclose(full(q), limit, atol=5e-3) for q in p) and np.abs(mean - limit).max() > 0.05
+    sigma = np.linalg.svd(np.stack([full(q).ravel() for q in p]), compute_uv=False)
+    assert sigma[1] < 5e-3 * sigma[0]
+
+
 def test_consensus_loss_is_a_cross_entropy_over_the_top_tokens_and_the_rest():
     g = torch.Generator().manual_seed(0)
     logits, target = torch.randn(6, 30, generator=g), torch.randn(6, 30, generator=g)
@@ -276,6 +362,22 @@ def test_consensus_loss_is_a_cross_entropy_over_the_top_tokens_and_the_rest():
     assert consensus_loss(logits, psi).item() == pytest.approx(loss / 6, abs=1e-4)
     others = [consensus_loss(target + 0.3 * torch.randn(6, 30, generator=g), psi) for _ in range(20)]
     assert min(others) > consensus_loss(target, psi)                                                   # least where p = ψ
+
+
+@pytest.mark.parametrize('k', [5, 30])
+def test_the_gradient_of_the_consensus_loss_is_p_minus_psi(k):
+    """(p_v - ψ_v) / P for a token of ψ, (p_v - ψ_rest p_v / p_rest) / P for another: zero where the model predicts ψ."""
+    g = torch.Generator().manual_seed(0)
+    target, logits = torch.randn(6, 30, generator=g), torch.randn(6, 30, generator=g)
+    psi = predictions_of(target, k)
+    for z in (logits, target):
+        z = z.clone().requires_grad_()
+        consensus_loss(z, psi).backward()
+        p, q = z.detach().double().softmax(1).numpy(), full(psi)
+        others = p * (q == 0)
+        q = q + (1 - q.sum(1, keepdims=True)) * others / np.maximum(others.sum(1, keepdims=True), 1e-30)
+        assert np.allclose(z.grad, (p - q) / 6, atol=2e-4)
+    assert z.grad.abs().max() < 2e-4
 
 
 def test_top_predictions_are_those_of_the_model_in_six_bytes_each():
@@ -315,6 +417,26 @@ def test_hetlora_weights_by_the_norm_of_the_update_and_dilutes():
     assert sum(p[1:]) < 1
 
 
+def test_hetlora_of_equal_ranks_weighs_every_lora_by_its_own_norm():
+    """Σ p_k A_k and Σ p_k B_k; a user that moved its attention much and its MLP little counts much and little."""
+    given, gamma = lora_updates([4, 4, 4]), [1.0, 2.0, 0.5]
+    given[0][ATT + '.B'] *= 10
+    for name in (MLP, ATT):
+        norms = np.array([g * np.linalg.norm(delta(u, name)) for g, u in zip(gamma, given)])
+        p, server = norms / norms.sum(), hetlora(given, gamma)
+        for factor in ('.A', '.B'):
+            expected = sum(x * u[name + factor].numpy() for x, u in zip(p, given))
+            assert np.allclose(server[name + factor], expected, atol=1e-5)
+
+
+def test_identical_users_keep_their_update_under_every_rule():
+    (one,) = lora_updates([4])
+    for n in (1, 3):
+        for new, scale in ((hetlora([one] * n, [2.0] * n), 2), (flora([one] * n, [1 / n] * n, [2.0] * n), 1),
+                           *((user, 2) for user in flexlora([one] * n, [1 / n] * n, [2.0] * n))):
+            assert all(np.allclose(scale * delta(new, name), 2 * delta(one, name), atol=1e-4) for name in (MLP, ATT))
+
+
 def test_hetlora_of_equal_norms_is_fedavg_and_of_one_user_the_identity():
     (one,) = lora_updates([4])
     turned = {name: t.flip(1) if name.endswith('.A') else t for name, t in one.items()}    # same norm
@@ -338,6 +460,22 @@ def test_the_tail_is_what_a_pruning_would_cut(gamma, rank):
     assert q == rank - 1 or gamma != 0.99 or rank == 1
     A, B = update[MLP + '.A'].numpy(), update[MLP + '.B'].numpy()
     assert float(tail_norm(update, rank, gamma)) == pytest.approx(np.linalg.norm(A[q:]) * np.linalg.norm(B[:, q:]), rel=1e-5)
+
+
+def test_a_pruning_with_099_cuts_one_component_of_any_rank_from_2_to_100():
+    """⌊0.99 r⌋ = r - 1: the tail is the last component's |a| |b|."""
+    (update,) = lora_updates([100])
+    for rank in range(2, 101):
+        a, b = update[MLP + '.A'][rank - 1].numpy(), update[MLP + '.B'][:, rank - 1].numpy()
+        assert float(tail_norm(update, rank, 0.99)) == pytest.approx(np.linalg.norm(a) * np.linalg.norm(b), rel=1e-5)
+
+
+def test_the_tail_is_summed_over_layers_and_stops_at_the_present_rank():
+    """Components that an earlier pruning cut do not count, and attention never does."""
+    layers = lora_updates([8], 0) + lora_updates([8], 1)
+    update = {name.replace('h.0', f'h.{i}'): t for i, layer in enumerate(layers) for name, t in layer.items()}
+    expected = sum(np.linalg.norm(u[MLP + '.A'][3:6].numpy()) * np.linalg.norm(u[MLP + '.B'][:, 3:6].numpy()) for u in layers)
+    assert float(tail_norm(update, 6, 0.5)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_tail_has_a_finite_gradient_where_B_is_zero():
@@ -372,12 +510,24 @@ def test_flexlora_is_the_best_approximation_of_each_rank(seed):
 
 
 def test_flexlora_is_exact_where_the_rank_allows():
+    """One user; equal users; users of ranks 6, 8, 10 whose updates use 2 components each, so that rank W = 6 <= r_k."""
+    thin = lora_updates([6, 8, 10])
+    for u in thin:
+        u[MLP + '.B'][:, 2:] = 0
     for given, w, gamma in ((lora_updates([3]), [1.0], [2.0]), (lora_updates([3]) * 4, [0.25] * 4, [2.0] * 4),
-                            (lora_updates([1, 2, 3])[:2] + lora_updates([6], 1), [0.1, 0.2, 0.7], [1.0, 2.0, 3.0])):
+                            (thin, [0.1, 0.2, 0.7], [1.0, 2.0, 3.0])):
         W = sum(x * g * delta(u) for x, g, u in zip(w, gamma, given))
         r, new = np.linalg.matrix_rank(W, tol=1e-4), flexlora(given, w, gamma)
-        wide = [(g, n) for g, n in zip(gamma, new) if len(n[MLP + '.A']) >= r]
-        assert all(np.allclose(g * delta(n), W, atol=1e-4) for g, n in wide) and (wide or r > 6)
+        assert r == (6 if given is thin else 3) and len(new) == len(given)
+        assert all(np.allclose(g * delta(n), W, atol=1e-4) for g, n in zip(gamma, new))
+
+
+def test_flexlora_before_any_update_leaves_none():
+    """B = 0 everywhere: W = 0 has no singular vectors of its own, but A stays orthonormal and can be trained."""
+    given = [{name: torch.zeros_like(t) if name.endswith('.B') else t for name, t in u.items()} for u in lora_updates([2, 4])]
+    for r, new in zip((2, 4), flexlora(given, [0.5, 0.5], [1.0, 2.0])):
+        assert not new[MLP + '.B'].any()
+        assert torch.allclose(new[MLP + '.A'] @ new[MLP + '.A'].T, torch.eye(r), atol=1e-5)
 
 
 def test_flexlora_with_a_rank_above_the_matrix_leaves_zeros():
@@ -387,10 +537,10 @@ def test_flexlora_with_a_rank_above_the_matrix_leaves_zeros():
         assert np.allclose(4 * delta(new), 2 * delta(given[0]) + 2 * delta(given[1]), atol=1e-3)
 
 
+@pytest.mark.parametrize('order', [[2, 0, 1], [0, 2, 1]])
 @pytest.mark.parametrize('rule', ['hetlora', 'flora', 'flexlora'])
-def test_permuting_users_changes_nothing_but_rounding(rule):
+def test_permuting_users_changes_nothing_but_rounding(rule, order):
     given, w = lora_updates([2, 4, 6]), [0.2, 0.5, 0.3]
-    order = [2, 0, 1]
     a, b = ({'hetlora': lambda u, w, g: [hetlora(u, g)], 'flora': lambda u, w, g: [flora(u, w, g)], 'flexlora': flexlora}[rule](
         [given[i] for i in o], [w[i] for i in o], [GAMMA[i] for i in o]) for o in ([0, 1, 2], order))
     if rule == 'flexlora':
@@ -427,3 +577,32 @@ def test_every_rule_has_a_docstring_and_fits_a_screen():
     for name, f in inspect.getmembers(federate, inspect.isfunction):
         if f.__module__ == 'federate' and name not in ('like',):
             assert f.__doc__ and len(inspect.getsource(f).splitlines()) <= 40, name
+
+
+def test_consensus_loss_pulls_a_sure_and_wrong_model_back():
+    """Nearly all of p on five tokens, a quarter of ψ on the others: the loss is exact there, and so is its gradient p - ψ."""
+    z = torch.zeros(1, 30, requires_grad=True)
+    with torch.no_grad():
+        z[0, :5] = 40
+    psi = torch.arange(5)[None].int(), torch.full((1, 5), .15).half()
+    loss, kept = consensus_loss(z, psi), psi[1].double().sum().item()
+    rest = np.log(25) - np.log(5 * np.exp(40) + 25)
+    top = 40 - np.log(5 * np.exp(40) + 25)
+    assert loss.item() == pytest.approx(-kept * top - (1 - kept) * rest, rel=1e-5)
+    loss.backward()
+    assert z.grad[0, 5:].sum().item() == pytest.approx(-(1 - kept), rel=1e-4)
+
+
+@pytest.mark.parametrize('rule', [lambda u, w, g: hetlora(u, g), flora, flexlora])
+def test_other_loras_or_too_few_numbers_are_refused_whatever_the_ranks(rule):
+    good = lora_updates([2, 4, 6])
+    wide = lora_updates([2], n_in=11)[0]
+    fewer = {name: t for name, t in good[1].items() if 'attn' not in name}
+    torn = {**good[1], MLP + '.B': good[1][MLP + '.B'][:, :3]}
+    for bad in (wide, fewer, {**good[1], 'x.A': torch.zeros(2, 10), 'x.B': torch.zeros(12, 2)}, torn):
+        with pytest.raises(ValueError, match='update 1 has other tensors or shapes'):
+            rule([good[0], bad, good[2]], [0.2, 0.5, 0.3], GAMMA)
+    with pytest.raises(ValueError, match='for 3 updates'):
+        rule(good, [0.2, 0.5, 0.3], GAMMA[:2])
+    with pytest.raises(ValueError, match='2 weights for 3 updates'):
+        weighted_sum(updates(3), [0.5, 0.5])
