@@ -618,19 +618,19 @@ metrics.close()
 if any(json.loads(line)['kind'] == 'trust' for line in open(out / 'metrics.jsonl', encoding='utf-8')):
     import plot
     plot.trust(out)
-
-
-steps = sum(user.batch_size * (user.expert_steps + user.router_steps) for user in users)     # windows trained on
+windows = sum(user.batch_size * (user.expert_steps + user.router_steps) for user in users)
 summary = {
     'method': method, 'dataset': dataset, 'target': target, 'seed': seed, 'rounds': rounds, 'users': names,
     'mean_test_ppl': float(np.mean(of_all('test_ppl'))), 'test_ppl': of_all('test_ppl'),
     'pretrained_test_ppl': of_all('pretrained_ppl'), 'aggregated_test_ppl': of_all('aggregated_ppl') if after else None,
+    # exp of the mean loss over all test tokens: what a model of pooled text is scored by elsewhere, below the mean of users
+    'pooled_test_ppl': perplexity(np.average(np.log(of_all('test_ppl')), weights=[len(x) - 1 for _, x in sum(tests, [])])),
     'mean_valid_ppl': float(np.mean([u.valid_ppl for u in users])), 'valid_ppl': [u.valid_ppl for u in users],
     'trainable_params': [u.trainable if rounds else 0 for u in users],
     'shared_params': sum(v.numel() for v in upload(users[0]).values()),
     'bytes_up': clock['bytes_up'], 'bytes_down': clock['bytes_down'],
     'seconds': time.time() - began,
-    'tokens_per_second': steps * block_size / clock['training'] if rounds else None,
+    'tokens_per_second': windows * block_size / clock['training'] if rounds else None,
     'peak_rss_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)}
 write_atomically(out / 'summary.json', lambda file: file.write_text(json.dumps(summary, indent=1)))
 columns = {'pretrained': of_all('pretrained_ppl'), method: of_all('test_ppl')} | (

@@ -137,6 +137,9 @@ def test_centralized_is_one_model_on_pooled_text_tested_on_everybody(train):
     assert user.batch_size == 3 * 4 and user.expert_steps == 4
     tested = [(line['user'], line['ppl']) for line in run.lines if line['kind'] == 'eval' and line['when'] == 'local']
     assert tested == [*enumerate(run.summary['test_ppl'])] and len(set(run.summary['test_ppl'])) == 3
+    # METHOD 1.6: pooled text is scored by exp of the mean loss, which is below the mean of the users' perplexities
+    assert run.summary['pooled_test_ppl'] == pytest.approx(math.exp(np.mean(np.log(run.summary['test_ppl']))))
+    assert run.summary['pooled_test_ppl'] < run.summary['mean_test_ppl']
 
 
 # ---- FFA-LoRA, FedSA-LoRA ------------------------------------------------------------------------------------------
