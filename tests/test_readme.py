@@ -64,7 +64,7 @@ def test_every_table_command_is_accepted(command):
     args = shlex.split(command)
     done = python(*args, *(['--dry_run'] if '--dry_run' not in args else []))
     assert done.returncode == 0 and 'to do' in done.stdout or (
-        done.returncode == 2 and 'meta.json: run python data/prepare.py' in done.stderr), done.stderr
+        done.returncode == 2 and 'meta.json; run python data/prepare.py' in done.stderr), done.stderr
 
 
 def test_files_named_in_the_readme_exist():
