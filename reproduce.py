@@ -171,7 +171,8 @@ def machine_of(jobs: int, device: str) -> tuple[int, int, list[str], str]:
                              capture_output=True, text=True).stdout
     jobs = jobs or automatic
     threads = max(1, cores // jobs)
-    return jobs, threads, gpus, f'{platform.platform()}, {os.cpu_count()} CPUs{gpu}, OMP_NUM_THREADS={threads}'
+    words = f'{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs{gpu}, OMP_NUM_THREADS={threads}'
+    return jobs, threads, gpus, words
 
 
 def start(run: dict, slot: int, machine: tuple, lock: int) -> dict:
