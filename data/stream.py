@@ -29,16 +29,14 @@ def encoding(name: str) -> tiktoken.Encoding:
                       'TIKTOKEN_CACHE_DIR to a folder with its two cached files, or use --tokenizer=bytes') from None
 
 
-def load_dataset(folder: str | Path, block_size: int, vocab_size: int, target: str = 'own') -> tuple[dict, list[dict]]:
-    """meta.json and, for every user, {'train': tokens, 'valid': tokens, 'test': tokens} as numpy arrays.
+def check_dataset(folder: str | Path, block_size: int, vocab_size: int) -> dict:
+    """meta.json, after every file of every user has been read and checked: one user in memory at a time.
 
-    target 'own' keeps each user's own valid and test streams; 'mixture' gives user i the i-th of N equal pieces of every
-    user's valid (and test) stream, one after the other: tomorrow's topics, disjoint between users. Train never changes.
     Raises ValueError, in one line, for anything missing, truncated, altered, too short or outside the vocabulary."""
     folder = Path(folder)
     try:
-        meta = json.loads((folder / 'meta.json').read_text())
-        dtype, users = np.dtype(meta['dtype']), meta['users']
+        meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+        np.dtype(meta['dtype']), meta['users']
     except FileNotFoundError:
         raise ValueError(f'no data set at {folder} (no meta.json): run python data/prepare.py {folder.name}') from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -46,16 +44,40 @@ def load_dataset(folder: str | Path, block_size: int, vocab_size: int, target: s
     if not 0 <= vocab_size - meta['vocab_size'] < 128:  # bases pad their vocabulary, e.g. 50257 -> 50304
         raise ValueError(f'{folder} has a vocabulary of {meta["vocab_size"]} tokens ({meta["tokenizer"]}), but the base model '
                          f'has {vocab_size}: prepare with the other --tokenizer, or choose the other base with --init_from')
-    streams = [{split: load_stream(folder / f'user{i}_{split}.bin', dtype, user['tokens'][split], user['sha256'][split],
-                                   meta['vocab_size']) for split in SPLITS} for i, user in enumerate(users)]
+    for i in range(len(meta['users'])):
+        check_lengths(load_user(folder, meta, i), i, block_size)
+    return meta
+
+
+def check_lengths(user: dict, i: int, block_size: int) -> None:
+    """Raises ValueError unless every split of user i holds a window."""
+    for split in SPLITS:
+        if len(user[split]) < block_size + 1:
+            raise ValueError(f'user {i} has {len(user[split])} {split} tokens, but a window of block_size {block_size} '
+                             f'needs {block_size + 1}: prepare more text or lower --block_size')
+
+
+def load_user(folder: str | Path, meta: dict, i: int) -> dict:
+    """User i's {'train': tokens, 'valid': tokens, 'test': tokens}, read-only arrays, checked against meta.json as they are
+    read. Raises ValueError naming the file."""
+    user, dtype = meta['users'][i], np.dtype(meta['dtype'])
+    return {split: load_stream(Path(folder, f'user{i}_{split}.bin'), dtype, user['tokens'][split], user['sha256'][split],
+                               meta['vocab_size']) for split in SPLITS}
+
+
+def load_dataset(folder: str | Path, block_size: int, vocab_size: int, target: str = 'own') -> tuple[dict, list[dict]]:
+    """(meta, every user's splits as of load_user), all of it in memory.
+
+    target 'own' keeps each user's own valid and test streams; 'mixture' gives user i the i-th of N equal pieces of every
+    user's valid (and test) stream, one after the other: tomorrow's topics, disjoint between users. Train never changes.
+    Raises ValueError as check_dataset does."""
+    meta = check_dataset(folder, block_size, vocab_size)
+    streams = [load_user(folder, meta, i) for i in range(len(meta['users']))]
     if target == 'mixture':
         mixed = [mixture(streams, i) for i in range(len(streams))]
         streams = [{'train': own['train'], **mix} for own, mix in zip(streams, mixed)]
-    for i, user in enumerate(streams):
-        for split in SPLITS:
-            if len(user[split]) < block_size + 1:
-                raise ValueError(f'user {i} has {len(user[split])} {split} tokens, but a window of block_size {block_size} '
-                                 f'needs {block_size + 1}: prepare more text or lower --block_size')
+        for i, user in enumerate(streams):
+            check_lengths(user, i, block_size)
     return meta, streams
 
 

@@ -1,0 +1,102 @@
+"""data/stream.py: a data set is checked whole before any work, and read a user at a time."""
+import json
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from conftest import user_streams, write_dataset
+
+from data.stream import SPLITS, check_dataset, get_batch, load_dataset, load_user
+
+
+def test_a_user_at_a_time_is_what_was_written(tmp_path):
+    written = [user_streams(i, 300 + 100 * i) for i in range(3)]
+    folder = write_dataset(tmp_path / 'data', written)
+    meta = check_dataset(folder, 16, 257)
+    same, streams = load_dataset(folder, 16, 257)
+    assert meta == same == json.loads((folder / 'meta.json').read_text())
+    for i, user in enumerate(written):
+        read = load_user(folder, meta, i)
+        assert list(read) == list(SPLITS)
+        for split in SPLITS:
+            assert read[split].dtype == np.dtype('<u2') and not read[split].flags.writeable
+            np.testing.assert_array_equal(read[split], user[split])
+            np.testing.assert_array_equal(streams[i][split], user[split])
+
+
+def test_mixture_is_every_users_share(tmp_path):
+    """User i's valid stream is piece i of N of everybody's: no token is in two users', and train stays its own."""
+    written = [{split: np.arange(100 * i, 100 * i + n) for split, n in (('train', 40), ('valid', 62), ('test', 90))}
+               for i in range(3)]
+    meta, streams = load_dataset(write_dataset(tmp_path / 'data', written, vocab_size=300), 16, 300, 'mixture')
+    assert streams[1]['valid'].tolist() == [100 * j + 20 + k for j in range(3) for k in range(20)]  # 62 // 3 tokens of each
+    assert streams[1]['train'].tolist() == written[1]['train'].tolist()
+    for split in ('valid', 'test'):
+        held = np.concatenate([user[split] for user in streams])
+        assert len(set(held.tolist())) == len(held)
+
+
+def overwrite(file, tokens):
+    file.write_bytes(np.asarray(tokens, '<u2').tobytes())
+
+
+SPOILT = {  # what is wrong with the last user: (words of the message, how to do it to its folder)
+    'missing': ('user4_test.bin is missing', lambda folder: (folder / 'user4_test.bin').unlink()),
+    'truncated': ('user4_valid.bin has 398 bytes', lambda folder: overwrite(folder / 'user4_valid.bin', [98] * 199)),
+    'altered': ('user4_train.bin is not the file', lambda folder: overwrite(folder / 'user4_train.bin', [98] * 300)),
+    'outside': ('user4_test.bin holds token 257', lambda folder: overwrite(folder / 'user4_test.bin', [257] * 150)),
+    'no meta': ('no meta.json', lambda folder: (folder / 'meta.json').unlink()),
+    'odd meta': ('meta.json cannot be read', lambda folder: (folder / 'meta.json').write_text('{"users": []}')),
+}
+
+
+@pytest.mark.parametrize('case', SPOILT)
+def test_whatever_is_wrong_is_found_before_any_work(case, tmp_path):
+    words, spoil = SPOILT[case]
+    folder = write_dataset(tmp_path / 'data', [user_streams(i, 300) for i in range(5)])
+    meta = check_dataset(folder, 149, 257)
+    spoil(folder)
+    for read in (check_dataset, load_dataset):
+        with pytest.raises(ValueError) as error:
+            read(folder, 16, 257)
+        assert words in str(error.value) and '\n' not in str(error.value)
+    if 'meta' not in case:  # and again when the user's turn comes, should a file change while training
+        with pytest.raises(ValueError, match=words):
+            load_user(folder, meta, 4)
+        load_user(folder, meta, 3)
+
+
+@pytest.mark.parametrize('block_size, vocab_size, words', [
+    (150, 257, 'user 0 has 150 test tokens, but a window of block_size 150 needs 151'), (16, 256, 'vocabulary of 257'),
+    (16, 257 + 128, 'vocabulary of 257')])
+def test_what_the_base_needs(block_size, vocab_size, words, tmp_path):
+    folder = write_dataset(tmp_path / 'data', [user_streams(0, 300)])
+    check_dataset(folder, 149, 257 + 127)
+    with pytest.raises(ValueError, match=words):
+        check_dataset(folder, block_size, vocab_size)
+
+
+def test_memory_of_checking_does_not_grow_with_the_users(tmp_path):
+    """Beyond meta.json: one user's 60 kB at a time, not 40 of them."""
+    def peak(n_users):
+        folder = write_dataset(tmp_path / str(n_users), [user_streams(i % 20, 30_000) for i in range(n_users)])
+        tracemalloc.start()
+        check_dataset(folder, 16, 257)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+    few, many = peak(2), peak(40)
+    assert 60_000 < few < many < few + 38 * 6_000  # meta.json: about 3 kB a user, and its text
+
+
+def test_batches_are_windows_by_key():
+    """Token i + 1 follows token i; the last window ends with the last token; a key names a batch."""
+    tokens = np.arange(1000, dtype='<u2')
+    x, y = get_batch(tokens, 64, 16, (42, 3, 0, 7))
+    assert x.shape == y.shape == (64, 16) and x.dtype == y.dtype == torch.int64
+    assert torch.equal(x[:, 1:], x[:, :-1] + 1) and torch.equal(y, x + 1)
+    assert torch.equal(x, get_batch(tokens, 64, 16, (42, 3, 0, 7))[0])
+    assert not torch.equal(x, get_batch(tokens, 64, 16, (42, 3, 0, 8))[0])
+    starts = [get_batch(tokens[:18], 64, 16, (i,))[0][:, 0] for i in range(4)]
+    assert set(torch.cat(starts).tolist()) == {0, 1}
