@@ -8,6 +8,7 @@ may stand for a float, and one number for a tuple with an entry per user)."""
 import ast
 import difflib
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -17,8 +18,9 @@ KINDS = (bool, int, float, str, tuple)
 
 
 def die(message: object) -> NoReturn:
-    """Bad input: one line on stderr, exit code 2."""
-    print(' '.join(f'{Path(sys.argv[0]).name}: {message}'.split()), file=sys.stderr)
+    """Bad input: one line on stderr (for each machine, where several processes find the same), exit code 2."""
+    if os.environ.get('LOCAL_RANK', '0') == '0':
+        print(' '.join(f'{Path(sys.argv[0]).name}: {message}'.split()), file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -17,6 +17,8 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
+import checkpoint
+import federate
 from configurator import die
 from data.stream import load_dataset
 from lora_moe import add_lora, roles
@@ -58,6 +60,12 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 709 else math.inf
 
 
+def mean(values: list[float | None]) -> float | None:
+    """Mean of those that are known, None if none is."""
+    known = [v for v in values if v is not None]
+    return float(np.mean(known)) if known else None
+
+
 def fingerprint(model: GPT) -> str:
     """SHA-256 over all weights: which base an adapter belongs to."""
     digest = hashlib.sha256()
@@ -66,9 +74,13 @@ def fingerprint(model: GPT) -> str:
     return digest.hexdigest()
 
 
+def cell(value: object) -> str:
+    return f'{value:.3f}' if isinstance(value, float) else '-' if value is None else str(value)
+
+
 def table(header: list, rows: list[list], left: int = 1) -> str:
     """A text table; floats with three decimals, the first columns (`left` of them) to the left."""
-    cells = [[f'{c:.3f}' if isinstance(c, float) else '-' if c is None else str(c) for c in row] for row in [header, *rows]]
+    cells = [[*map(cell, row)] for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ['  '.join(c.rjust(w) if i >= left else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
              for row in cells]
@@ -76,24 +88,30 @@ def table(header: list, rows: list[list], left: int = 1) -> str:
 
 
 def read_run(run: Path) -> tuple[dict, list[dict], dict]:
-    """(config, every user's tensors, the server's tensors) of a run. A finished run has adapters/, a running one its
-    checkpoint. Raises ValueError or OSError naming what is missing; never executes code from a file."""
+    """(config, every tested user's tensors, the server's tensors) of a run. A finished run has adapters/, a running one its
+    checkpoint; {} for a user that has not taken part yet. Raises ValueError or OSError naming what is missing; never
+    executes code from a file."""
     try:
         config = json.loads((run / 'config.json').read_text())
     except FileNotFoundError:
         raise ValueError(f'{run} is no run: it has no config.json') from None
     if (run / 'summary.json').exists():
-        files = [run / 'adapters' / f'user{i}.safetensors' for i in range(1 if config['pooled'] else len(config['users']))]
-        users = [read_adapter(file) for file in files]
+        users = [read_adapter(run / 'adapters' / f'user{i}.safetensors') for i in tested(config)]
         server_file = run / 'adapters' / 'server.safetensors'
         return config, users, read_adapter(server_file) if server_file.exists() else {}
-    if not (run / 'checkpoint.pt').exists():
+    folder = run / 'checkpoint'
+    if not (folder / 'round.safetensors').exists():
         raise ValueError(f'{run} has no finished round yet: wait for its first checkpoint')
-    try:
-        state = torch.load(run / 'checkpoint.pt', map_location='cpu', weights_only=True)
-        return config, [user['adapter'] for user in state['users']], state['server']
-    except Exception as error:
-        raise ValueError(f'{run}/checkpoint.pt cannot be read ({type(error).__name__})') from None
+    server, facts = checkpoint.read(folder / 'round.safetensors', 'server/')
+    last_round = checkpoint.rounds_of_users(folder, facts['round'])
+    users = [checkpoint.read(checkpoint.user_file(folder, i, last_round[i]), 'adapter/')[0] if i in last_round else {}
+             for i in tested(config)]
+    return config, users, server if config['aggregate'] in federate.ONE_MODEL else {}
+
+
+def tested(config: dict) -> list[int]:
+    """The users whose models a run evaluates: all, a sample of many, or the one of pooled text."""
+    return [0] if config['pooled'] else config['tested']
 
 
 def read_adapter(file: Path) -> dict:
@@ -121,20 +139,28 @@ def models_of(run: Path, base: GPT) -> tuple[dict, list[GPT], GPT | None]:
     """(config, every user's model, the generalist alone or None). The generalist alone is the server's tensors and no more:
     what a newcomer without data, specialist or router gets."""
     config, users, server = read_run(run)
-    entry = {name: v if isinstance(v, list) else [v] * len(users) for name, v in config.items()}
-    n, rank, k = entry['n_experts'], entry['lora_rank'], config['n_generalists']
+    n, rank = (v if isinstance(v, list) else [v] * len(config['users']) for v in (config['n_experts'], config['lora_rank']))
+    k = config['n_generalists']
     if config['aggregate'] == 'flora':                              # the base that the last round began with
         merged = run / 'adapters' / 'base.safetensors'
         if not merged.exists():
             raise ValueError(f'{run} merges into its base, which it saves when it has finished: wait for that')
         base = load_gpt(str(merged)).to(base.wte.weight.device)
-    models = [rebuild(base, tensors, n[i], k, rank[i], config, config['router'] != 'mean') for i, tensors in enumerate(users)]
     generalist = rebuild(base, server, k, k, rank[0], config, routed=False) if server and k else None
+    models = [rebuild(base, tensors, n[i], k, rank[i], config, config['router'] != 'mean') if tensors else generalist or base
+              for i, tensors in zip(tested(config), users)]
     return config, models * len(config['users']) if config['pooled'] else models, generalist
 
 
-def mean(values: list) -> float | None:
-    return None if None in values else float(np.mean(values))
+def names_of(config: dict) -> list[str]:
+    """Of the users whose text a run is tested on."""
+    return config['users'] if config['pooled'] else [config['users'][i] for i in config['tested']]
+
+
+def texts(config: dict, base: GPT, target: str) -> list[dict]:
+    """The streams of those users."""
+    streams = load_dataset(Path('data', config['dataset']), config['block_size'], base.config.vocab_size, target)[1]
+    return streams if config['pooled'] else [streams[i] for i in config['tested']]
 
 
 def perplexities(models: list[GPT], streams: list[dict], block_size: int) -> list[float]:
@@ -145,13 +171,13 @@ def finished(run: Path, key: str, target: str) -> list[float] | None:
     """What a finished run measured on its own target: the same code on the same text, so there is no need to repeat it."""
     file = run / 'summary.json'
     summary = json.loads(file.read_text()) if file.exists() else {}
-    return summary.get(key) if summary.get('target') == target else None
+    return summary.get(key) if summary.get('target') == target and None not in (summary.get(key) or []) else None
 
 
 def report_one(run: Path, config: dict, models: list, generalist: GPT | None, streams: list, target: str) -> None:
     """Prints the tables of one run and writes RUN/eval.json."""
     T, users = config['block_size'], []
-    for name, model, data in tqdm([*zip(config['users'], models, streams)], desc=str(run), disable=None, leave=False):
+    for name, model, data in tqdm([*zip(names_of(config), models, streams)], desc=str(run), disable=None, leave=False):
         result = evaluate(model, data['test'], T)
         users.append({'name': name, 'test_ppl': result['ppl'], 'valid_ppl': evaluate(model, data['valid'], T)['ppl'],
                       'generalist_test_ppl': evaluate(generalist, data['test'], T)['ppl'] if generalist else None,
@@ -189,10 +215,10 @@ def main() -> None:
         if fingerprint(base) != first['base_sha256']:
             die(f'{source} is not the base that {args.runs[0]} was trained on (SHA-256 differs)')
         loaded = {run: models_of(run, base) for run in args.runs}
-        data = {(run, t): load_dataset(Path('data', config['dataset']), config['block_size'], base.config.vocab_size, t)[1]
-                for run, (config, *_) in loaded.items() for t in targets}
+        data = {(run, t): texts(config, base, t) for run, (config, *_) in loaded.items() for t in targets}
         for run, (config, *_) in loaded.items():
-            if any(config[k] != first[k] for k in ('base_sha256', 'users', 'dataset', 'block_size')):
+            same = all(config[k] == first[k] for k in ('base_sha256', 'dataset', 'block_size'))
+            if not same or names_of(config) != names_of(first):
                 die(f'{run} has another base, other text or other windows than {args.runs[0]}: a table needs the same')
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         die(error)
@@ -211,7 +237,7 @@ def main() -> None:
             known = filter(None, (finished(run, 'pretrained_test_ppl', t) for run in args.runs))
             ppl = next(known, None) or perplexities([base] * len(models), data[args.runs[0], t], first['block_size'])
             columns['base model'] += [*ppl, float(np.mean(ppl))]
-    names = [f'{t}: {name}' for t in targets for name in [*first['users'], 'mean']]
+    names = [f'{t}: {name}' for t in targets for name in [*names_of(first), 'mean']]
     print(table(['test perplexity', *columns], [[name, *row] for name, row in zip(names, zip(*columns.values()))]))
 
 

@@ -7,11 +7,18 @@ Means run in float64 over values sorted along the users, so neither the users' o
 
 Shapes: N users, r_k the rank of user k, P positions of public text, K likeliest tokens at each, V vocabulary.
 """
+import json
+import sys
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load, save
 
 Tensors = dict[str, torch.Tensor]
 Predictions = tuple[torch.Tensor, torch.Tensor]     # token ids (P, K) int32, their logits or probabilities (P, K) float16
+
+ONE_MODEL = ('fedavg', 'ffa', 'median', 'trimmed_mean')    # rules whose result is a model for everybody, newcomers included
 
 
 def shared_names(roles: dict[str, str], share_attention: bool, factors: str = 'AB') -> list[str]:
@@ -244,3 +251,27 @@ def consensus_loss(logits: torch.Tensor, psi: Predictions) -> torch.Tensor:
     if ids.shape[1] < log_p.shape[1]:
         loss = loss - (1 - target.sum(1)).clamp_min(0) * log_p.scatter(1, ids, -torch.inf).logsumexp(1)
     return loss.mean()
+
+
+# ---- between processes ---------------------------------------------------------------------------------------------
+def all_gather(tensors: Tensors, facts: object = None) -> list[tuple[Tensors, object]]:
+    """[(tensors, facts) of process 0, of process 1, ...], the same list in all of them; with one process its own.
+
+    Sent as safetensors and JSON, so nothing that arrives is ever executed. Ends this process if another one is gone."""
+    if not dist.is_initialized():
+        return [(tensors, facts)]
+    message = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    message['facts of this process'] = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
+    mine = torch.frombuffer(bytearray(save(message)), dtype=torch.uint8)
+    found = []
+    try:
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+        dist.all_gather(sizes, torch.tensor([len(mine)]))
+        for source, size in enumerate(sizes):                   # in turn, because sizes differ
+            buffer = mine if source == dist.get_rank() else torch.empty(int(size), dtype=torch.uint8)
+            dist.broadcast(buffer, source)
+            found.append(load(buffer.numpy().tobytes()))
+    except RuntimeError as error:
+        sys.exit(f'process {dist.get_rank()} of {dist.get_world_size()} has lost another one '
+                 f'({str(error).splitlines()[0][:80]}): the last finished round is kept, continue with --resume')
+    return [(them, json.loads(them.pop('facts of this process').numpy().tobytes())) for them in found]

@@ -16,19 +16,20 @@ def trust(run: Path) -> Path:
     import matplotlib.pyplot as plt
     names = json.loads((run / 'config.json').read_text())['users']
     lines = [json.loads(line) for line in open(run / 'metrics.jsonl', encoding='utf-8')]
-    rounds = {line['round']: line['matrix'] for line in lines if line['kind'] == 'trust'}
+    rounds = {line['round']: (line['matrix'], [names[i] for i in line['users']]) for line in lines if line['kind'] == 'trust'}
     if not rounds:
         die(f'{run} has no trust matrices: only --aggregate=trust and --aggregate=consensus log them')
     known = sorted(rounds)
     shown = sorted({known[round(i * (len(known) - 1) / 5)] for i in range(6)})
     fig, axes = plt.subplots(1, len(shown), figsize=(1.2 + 2.1 * len(shown), 2.9), squeeze=False, layout='constrained')
     for ax, t in zip(axes[0], shown):
-        image = ax.imshow(rounds[t], cmap='cividis', vmin=0, vmax=1)
+        matrix, present = rounds[t]
+        image = ax.imshow(matrix, cmap='cividis', vmin=0, vmax=1)
         ax.set_title(f'round {t}', fontsize=9)
-        ax.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
-        ax.set_yticks(range(len(names)), names if t == shown[0] else [], fontsize=8)
-        if len(names) <= 6:
-            for i, row in enumerate(rounds[t]):
+        ax.set_xticks(range(len(present)), present, rotation=90, fontsize=8)
+        ax.set_yticks(range(len(present)), present if t == shown[0] or present != rounds[shown[0]][1] else [], fontsize=8)
+        if len(present) <= 6:
+            for i, row in enumerate(matrix):
                 for j, w in enumerate(row):
                     ax.text(j, i, f'{w:.2f}', ha='center', va='center', fontsize=7, color='black' if w > 0.5 else 'white')
     axes[0][0].set_ylabel('user who trusts')

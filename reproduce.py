@@ -178,7 +178,8 @@ def machine_of(jobs: int, device: str) -> tuple[int, int, list[str], str]:
 def start(run: dict, slot: int, machine: tuple, lock: int) -> dict:
     folder, (_, threads, gpus, words) = run['folder'], machine
     folder.mkdir(parents=True, exist_ok=True)
-    again = '--resume' if (folder / 'checkpoint.pt').exists() else '--overwrite' if (folder / 'config.json').exists() else None
+    begun, round_1 = folder / 'config.json', folder / 'checkpoint' / 'round.safetensors'
+    again = '--resume' if round_1.exists() else '--overwrite' if begun.exists() else None
     env = {**os.environ, 'OMP_NUM_THREADS': str(threads), 'PYTHONUNBUFFERED': '1'}
     if gpus:
         env['CUDA_VISIBLE_DEVICES'] = gpus[slot % len(gpus)]
@@ -402,7 +403,7 @@ def main(argv: list[str]) -> None:
     if args.dry_run:
         runs, unknown = planned(every, setup)
         for run in runs:
-            print('finished' if finished(run) else 'begun   ' if (run['folder'] / 'checkpoint.pt').exists() else 'to do   ',
+            print('finished' if finished(run) else 'begun   ' if (run['folder'] / 'checkpoint').exists() else 'to do   ',
                   run['folder'])
         left = sum(not finished(run) for run in runs)
         more = f', then {unknown} of HetLoRA with the prune_coef that validation text chooses' if unknown else ''

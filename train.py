@@ -5,8 +5,11 @@
     python train.py config/slimpajama_1gxs.py --n_experts=4,2,2,2       # GPT-2 124M, experts per user
     python train.py config/agnews.py --method=fedavg --out_dir=out/x    # a baseline is another row of switches
     python train.py --list_methods                                      # all the rows
+    python train.py config/many_users.py                                # 1,000 users, 20 of them a round
+    torchrun --nproc_per_node=4 train.py config/agnews.py               # users dealt out to processes, one a GPU
 """
 import contextlib
+import datetime
 import functools
 import hashlib
 import json
@@ -21,13 +24,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+import checkpoint
 import federate
+from checkpoint import write_atomically
 from configurator import configure, die
-from data.stream import get_batch, load_dataset, load_text
-from eval import evaluate, fingerprint, perplexity, table
+from data.stream import check_dataset, get_batch, load_dataset, load_text, load_user
+from eval import cell, evaluate, fingerprint, mean, perplexity, table
 from lora_moe import add_lora, initial, load_balance_loss, roles
 from model import GPT, load_gpt, save_gpt
 
@@ -70,6 +76,7 @@ public_text = ''                # consensus, trust=predictions: a file that all 
 judge_windows = 64              # windows of that, or of a user's validation text, on which models are judged
 # ---- the schedule
 rounds = 20                     # communication rounds R
+participation = 1.0             # share of the users that take part in a round, drawn by (seed, round); the others wait on disk
 local_steps = 10                # expert steps per user and round H
 router_every = 30               # tau: expert steps of a user between two router phases
 router_steps = 10               # s: router steps in a phase
@@ -80,6 +87,7 @@ expert_lr = 2e-3                # cosine to a tenth over all expert steps of the
 router_lr = 2e-3                # constant
 weight_decay = 0.01             # AdamW, on LoRA and router alike
 eval_every = 5                  # rounds between evaluations on the test split; the last round always is one
+test_users = 0                  # users that are evaluated, drawn by the seed; 0: all
 # ---- the machine
 seed = 42                       # the paper's seeds are 42, 45, 47
 device = 'auto'                 # auto | cpu | cuda | cuda:N | mps
@@ -134,9 +142,12 @@ for name in ('local_steps', 'router_every', 'router_steps', 'batch_size', 'micro
              'top_k', 'lora_alpha', 'expert_lr', 'router_lr', 'trust_temperature', 'judge_windows'):
     if config[name] <= 0:
         die(f'--{name}={config[name]}: must be greater than 0')
-for name in ('rounds', 'seed', 'n_generalists', 'ghost_noise', 'prune_coef', 'consensus_coef', 'consensus_start'):
+for name in ('rounds', 'seed', 'n_generalists', 'ghost_noise', 'prune_coef', 'consensus_coef', 'consensus_start',
+             'test_users'):
     if config[name] < 0:
         die(f'--{name}={config[name]}: must not be negative')
+if not 0 < participation <= 1:
+    die(f'--participation={participation}: must be in (0, 1]')
 if not 0 <= trim < 0.5 or not 0 < prune_gamma <= 1:
     die(f'--trim={trim} must be in [0, 0.5) and --prune_gamma={prune_gamma} in (0, 1]')
 shares = aggregate not in ('none', 'consensus')              # whether any tensor leaves a user
@@ -146,6 +157,8 @@ if shares and not (n_generalists or share_attention):
     die(f'--aggregate={aggregate} has nothing to combine: give --n_generalists=1 or more, or --aggregate=none')
 if fuse and (aggregate != 'fedavg' or not n_generalists):
     die('--fuse mixes a user\'s own and the averaged generalists: it needs --aggregate=fedavg and --n_generalists=1 or more')
+if fuse and (participation < 1 or test_users):
+    die('--fuse ends with a search by every user: it needs --participation=1 and --test_users=0')
 if ghost_noise and min(batch_size, micro_batch_size) < 2:
     die(f'--ghost_noise={ghost_noise} draws other sequences of a micro-batch: --micro_batch_size must be 2 or more')
 asks_public = aggregate == 'consensus' or (aggregate, trust) == ('trust', 'predictions')
@@ -154,29 +167,43 @@ if public_text and not asks_public:
 out = Path(out_dir)
 if out.exists() and not out.is_dir():
     die(f'--out_dir={out_dir} is a file: give a folder')
-if resume and not (out / 'checkpoint.pt').exists():
-    die(f'--resume: {out_dir} has no checkpoint.pt; start without --resume')
+if resume and not (out / 'checkpoint' / 'round.safetensors').exists():
+    die(f'--resume: {out_dir} has no checkpoint; start without --resume')
 if (out / 'config.json').exists() and not (resume or overwrite):
     state = 'a finished run' if (out / 'summary.json').exists() else 'an unfinished run'
     die(f'{out_dir} already holds {state}: give --resume to continue it, --overwrite to replace it, or another --out_dir')
+process, processes = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))      # set by torchrun
 if device == 'auto':
     device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+if device == 'cuda' and processes > 1:
+    device = f'cuda:{int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()}'
 try:
     device_type = torch.device(device).type
     torch.zeros(1, device=device)
     base = load_gpt(init_from).to(device)
-    meta, streams = load_dataset(Path('data', dataset), block_size, base.config.vocab_size, target)
+    folder = Path('data', dataset)
+    meta = check_dataset(folder, block_size, base.config.vocab_size)
+    together = target == 'mixture' or pooled                 # everybody's text at once, instead of a user's when it trains
+    streams = load_dataset(folder, block_size, base.config.vocab_size, target)[1] if together else None
     public = load_text(public_text, meta['tokenizer']) if public_text else None
 except (OSError, ValueError, RuntimeError, AssertionError) as error:
     die(error)
 if block_size > base.config.n_positions:
     die(f'--block_size={block_size}: {init_from} has only {base.config.n_positions} positions')
 names = [u['name'] for u in meta['users']]
-tests = [[(i, data['test'])] for i, data in enumerate(streams)]                  # whose test text a user's model is tested on
-if pooled:                                                                       # one user with everybody's text
-    tests = [sum(tests, [])]
-    streams = [{split: np.concatenate([data[split] for data in streams]) for split in ('train', 'valid')}]
-N = len(streams)
+n_train = [1] if pooled else [u['tokens']['train'] for u in meta['users']]       # tokens
+N = len(n_train)
+if test_users > N:
+    die(f'--test_users={test_users}: {dataset} has {N} users')
+
+
+def texts_of(i: int) -> tuple[dict, list]:
+    """User i's streams, and whose test text its model is tested on: [(number of a user, tokens)]."""
+    if pooled:                                               # one user with everybody's text
+        return ({split: np.concatenate([data[split] for data in streams]) for split in ('train', 'valid')},
+                [(j, data['test']) for j, data in enumerate(streams)])
+    data = streams[i] if streams else load_user(folder, meta, i)
+    return data, [(i, data['test'])]
 
 
 def per_user(name: str) -> tuple:
@@ -193,10 +220,11 @@ if match != 'none':
 if aggregate in ('hetlora', 'flexlora', 'flora') and set(per_user('n_experts')) != {1}:
     die(f'--aggregate={aggregate} has one expert per user, whose rank may differ: give --n_experts=1 and --lora_rank=16,8,..., '
         'or let --match=active or --match=full derive the ranks from --n_experts')
-for i, n in enumerate(per_user('n_experts')):
+experts_of, rank_of = per_user('n_experts'), per_user('lora_rank')
+for i, n in enumerate(experts_of):
     if n < n_generalists:
         die(f'user {i} has n_experts={n}, fewer than n_generalists={n_generalists}: every user holds all the generalists')
-if shares and aggregate not in ('hetlora', 'flexlora', 'flora') and len(set(per_user('lora_rank'))) > 1:
+if shares and aggregate not in ('hetlora', 'flexlora', 'flora') and len(set(rank_of)) > 1:
     die(f'--aggregate={aggregate} averages tensors of one shape: --lora_rank must be the same for all users '
         '(hetlora, flexlora, flora and consensus take any)')
 if dtype == 'auto':
@@ -204,33 +232,51 @@ if dtype == 'auto':
 autocast = torch.autocast(device_type, torch.bfloat16) if dtype == 'bfloat16' else contextlib.nullcontext()
 
 # ---- users: own data, own LoRA and router, own optimizers, one frozen base for all ---------------------------------
-users = []
-for i in range(N):
-    model = add_lora(base, per_user('n_experts')[i], n_generalists, per_user('lora_rank')[i], lora_alpha, top_k,
-                     router != 'mean', routing_unit, one_routing, ghost_noise)
+def build(i: int) -> tuple[GPT, dict, dict]:
+    """(model, {name: role}, {name: parameter} of all that is user i's)."""
+    model = add_lora(base, experts_of[i], n_generalists, rank_of[i], lora_alpha, top_k, router != 'mean', routing_unit,
+                     one_routing, ghost_noise)
     role = roles(model)
-    adapter = {name: p for name, p in model.named_parameters() if name in role}     # all that is this user's
-    with torch.no_grad():
-        for name, p in adapter.items():
-            p.copy_(initial(name, p.shape, seed, 'user', i))
-    common = federate.shared_names(role, share_attention) if shares else []         # these start equal in all users
+    return model, role, {name: p for name, p in model.named_parameters() if name in role}
+
+
+_, role, adapter = build(rank_of.index(max(rank_of)))        # a user of the largest rank
+common = federate.shared_names(role, share_attention) if shares else []          # these start equal in all users
+shared = [name for name in common if name[-1] in {'ffa': 'B', 'fedsa': 'A'}.get(aggregate, 'AB')]   # these leave every round
+origin = {name: initial(name, adapter[name].shape, seed, 'server') for name in common}
+server = {name: origin[name] for name in shared} if aggregate != 'flora' else {}  # what everybody's next round starts from
+
+
+def wake(i: int) -> SimpleNamespace:
+    """User i in memory: as its file has it or, if it never took part, as everybody starts."""
+    model, role, adapter = build(i)
     theta = [p for name, p in adapter.items() if role[name] != 'router'             # experts: the lower level
              and not (aggregate == 'ffa' and name in common and name.endswith('.A'))]
     phi = [p for name, p in adapter.items() if role[name] == 'router' and router == 'learned']  # the upper level
     adamw = dict(betas=(0.9, 0.95), weight_decay=weight_decay, fused=device_type != 'mps')
+    data, tests = texts_of(i)
     user = SimpleNamespace(
-        id=i, name='all' if pooled else names[i], data=streams[i], tests=tests[i], model=model, role=role, adapter=adapter,
+        id=i, name='all' if pooled else names[i], data=data, tests=tests, model=model, role=role, adapter=adapter,
         expert_opt=torch.optim.AdamW(theta + phi if router_data == 'joint' else theta, lr=expert_lr, **adamw),
         router_opt=torch.optim.AdamW(phi, lr=router_lr, **adamw) if phi and router_data != 'joint' else None,
-        batch_size=batch_size * len(tests[i]), trained={id(p) for p in theta + phi},
-        rank=per_user('lora_rank')[i],                       # of its generalists, MLP only: hetlora prunes it
-        scaling=lora_alpha / math.sqrt(per_user('lora_rank')[i]),
-        download={}, pseudo_labels=None, bytes_up=0, bytes_down=0, expert_steps=0, router_steps=0)
-    user.trainable = sum(p.numel() for p in theta + phi)
-    users.append(user)
-shared = [name for name in common if name[-1] in {'ffa': 'B', 'fedsa': 'A'}.get(aggregate, 'AB')]   # these leave every round
-widest = max(users, key=lambda user: user.rank)
-server = {name: initial(name, widest.adapter[name].shape, seed, 'server') for name in common}
+        batch_size=batch_size * len(tests), trained={id(p) for p in theta + phi}, trainable=sum(p.numel() for p in theta + phi),
+        rank=rank_of[i],                                     # of its generalists, MLP only: hetlora prunes it
+        scaling=lora_alpha / math.sqrt(rank_of[i]), download={}, pseudo_labels=None,             # its own, of some rules only
+        bytes_up=0, bytes_down=0, stacks_seen=0, expert_steps=0, router_steps=0)
+    if i in last_round:
+        checkpoint.restore_user(checkpoint.user_file(kept_in, i, last_round[i]), user)
+    else:
+        load(user, {name: initial(name, p.shape, seed, 'user', i) for name, p in adapter.items()})
+        load(user, federate.truncate(origin, user.rank))
+    return user
+
+
+def awake(ids: list[int]) -> list[SimpleNamespace]:
+    """These users in memory, in this order, and no others: what the others are is in their files."""
+    users[:] = [user for user in users if user.id in ids]
+    here = {user.id: user for user in users}
+    users[:] = [here.get(i) or wake(i) for i in ids]
+    return users
 
 
 def load(user: SimpleNamespace, tensors: dict) -> None:
@@ -245,11 +291,13 @@ def upload(user: SimpleNamespace) -> dict:
     return federate.truncate({name: user.adapter[name].detach().clone() for name in shared}, user.rank)
 
 
-for user in users:                                           # before round 1, from one seed
-    load(user, federate.truncate(server, user.rank))
-    user.download = upload(user) if aggregate != 'flora' else {}
-if aggregate not in ('fedavg', 'ffa', 'median', 'trimmed_mean'):
-    server = {}                                              # no one model for all
+def sample(n: int, *key: int) -> list[int]:
+    """n of the N users, in order, drawn by the seed and the key alone."""
+    return list(range(N)) if n >= N else sorted(np.random.default_rng((seed, 0, *key)).choice(N, n, replace=False).tolist())
+
+
+users, last_round = [], {}                                   # in memory here; {user: the last round that it took part in}
+tested = sample(test_users or N, 0, 0, 1)
 
 
 def whole_windows(tokens: np.ndarray, n: int) -> torch.Tensor:
@@ -260,7 +308,7 @@ def whole_windows(tokens: np.ndarray, n: int) -> torch.Tensor:
 
 if asks_public:
     public = whole_windows(public, judge_windows) if public_text else torch.cat(
-        [whole_windows(data['valid'], math.ceil(judge_windows / N)) for data in streams])
+        [whole_windows(texts_of(i)[0]['valid'], math.ceil(judge_windows / N)) for i in range(min(N, judge_windows))])
     if not len(public):
         die(f'--public_text={public_text} is shorter than one window of {block_size} tokens')
     public = public.to(device)                               # (W, T)
@@ -310,20 +358,18 @@ def cosine(step: int) -> float:
     return expert_lr * (0.55 + 0.45 * math.cos(math.pi * step / (rounds * local_steps)))
 
 
-def test_perplexity(user: SimpleNamespace, model: GPT, when: str) -> list[float]:
-    """Perplexity of a model on the whole test split of the user (of everybody, if pooled), which nothing else ever reads."""
-    found = []
+def test_perplexity(user: SimpleNamespace, model: GPT, when: str, **at: int) -> None:
+    """Logs a model's perplexity on the whole test split of the user (of everybody, if pooled), which nothing else reads."""
     for i, tokens in user.tests:
         with autocast:
             result = evaluate(model, tokens, block_size)
-        log('eval', step=user.expert_steps, user=i, split='test', when=when, loss=result['loss'], ppl=result['ppl'])
-        found.append(result['ppl'])
-    return found
+        log('eval', **{'step': user.expert_steps, 'user': i, 'split': 'test', 'when': when, 'loss': result['loss'],
+                       'ppl': result['ppl'], **at})
 
 
-def of_all(name: str) -> list[float]:
-    """One figure for every test text: of the users, or of the pooled model's several."""
-    return sum((getattr(user, name) for user in users), [])
+def of_all(when: str) -> list[float | None]:
+    """Perplexity of every tested user at its last evaluation of that kind, None if there was none."""
+    return [results.get(when, {}).get(i) for i in (range(len(names)) if pooled else tested)]
 
 
 def judged(user: SimpleNamespace, tensors: dict) -> float:
@@ -338,79 +384,101 @@ def judged(user: SimpleNamespace, tensors: dict) -> float:
 
 
 # ---- between two rounds: what the server makes of the updates, and what a user makes of that --------------------------
-def trust_scores(updates: list[dict]) -> torch.Tensor:
-    """S (N, N): how good user i finds user j (PCL). What this costs beside the updates is added to the users' bytes."""
+def gathered(mine: dict[int, dict]) -> dict[int, dict]:
+    """{user: tensors} of all processes, in order of users. mine: those of the users in memory here."""
+    if processes == 1:
+        return mine
+    found = {}
+    for tensors, _ in federate.all_gather({f'{i} {name}': v for i, own in mine.items() for name, v in own.items()}):
+        for key, v in tensors.items():
+            i, name = key.split(' ', 1)
+            found.setdefault(int(i), {})[name] = v
+    return dict(sorted(found.items()))
+
+
+def trust_scores(present: list[int], updates: list[dict]) -> torch.Tensor:
+    """S (n, n): how good user i finds user j (PCL). What this costs beside the updates is added to the users' bytes."""
     if trust == 'weights':
         return federate.weight_scores(updates)
-    if trust == 'validation':                                # every user gets the others' updates and sends N numbers
+    if trust == 'validation':                                # every user gets the others' updates and sends n numbers
         for user in users:
-            user.bytes_up += 4 * N
-            user.bytes_down += sum(federate.n_bytes(update) for update in updates) - federate.n_bytes(updates[user.id])
-        return federate.validation_scores(torch.tensor([[perplexity(judged(user, u)) for u in updates] for user in users]))
+            user.bytes_up += 4 * len(updates)
+            user.bytes_down += sum(federate.n_bytes(u) for i, u in zip(present, updates) if i != user.id)
+        rows = gathered({user.id: {'ppl': torch.tensor([perplexity(judged(user, u)) for u in updates])} for user in users})
+        return federate.validation_scores(torch.stack([row['ppl'] for row in rows.values()]))
     return federate.prediction_scores(all_predictions(logits=True), base.config.vocab_size)
 
 
 def all_predictions(logits: bool = False) -> list[tuple]:
-    """Every user's 100 likeliest tokens at every position of the public text: 600 bytes a position."""
-    with autocast:
-        predictions = [federate.top_predictions(user.model, public, 100, logits) for user in users]
-    for user, (ids, values) in zip(users, predictions):
-        user.bytes_up += federate.n_bytes({'ids': ids, 'values': values})
-    return predictions
+    """Every present user's 100 likeliest tokens at every position of the public text: 600 bytes a position."""
+    mine = {}
+    for user in users:
+        with autocast:
+            mine[user.id] = dict(zip(('ids', 'values'), federate.top_predictions(user.model, public, 100, logits)))
+        user.bytes_up += federate.n_bytes(mine[user.id])
+    return [(sent['ids'], sent['values']) for sent in gathered(mine).values()]
 
 
-def combine(updates: list[dict]) -> list[dict]:
-    """What every user starts the next round from: the rule that --aggregate names, applied to what all users sent."""
+def combine(present: list[int], updates: list[dict]) -> tuple[dict, dict]:
+    """(what everybody's next round starts from, {user: what its own starts from instead}): the rule that --aggregate names,
+    applied to what those present sent."""
     if aggregate in ('fedavg', 'ffa', 'fedsa'):              # the same mean, of A and B, of B alone, of A alone
-        return [federate.fedavg(updates)] * N                # θ^G = 1/N Σ_i θ_i^G
+        return federate.fedavg(updates), {}                  # θ^G = 1/N Σ_i θ_i^G
     if aggregate == 'median':
-        return [federate.median(updates)] * N
+        return federate.median(updates), {}
     if aggregate == 'trimmed_mean':
-        return [federate.trimmed_mean(updates, trim)] * N
+        return federate.trimmed_mean(updates, trim), {}
     if aggregate == 'trust':
-        W = federate.trust_matrix(trust_scores(updates), trust_temperature)
-        log('trust', matrix=W.tolist())
-        return federate.trust_average(updates, W)
+        W = federate.trust_matrix(trust_scores(present, updates), trust_temperature)
+        log('trust', users=present, matrix=W.tolist())
+        return {}, dict(zip(present, federate.trust_average(updates, W)))
     if aggregate == 'consensus' and t + 1 >= consensus_start:
         predictions = all_predictions()
         W = federate.prediction_trust(predictions, base.config.vocab_size)
-        log('trust', matrix=W.tolist())
+        log('trust', users=present, matrix=W.tolist())
         for user in users:
-            psi = federate.consensus(predictions, W[user.id].tolist(), base.config.vocab_size)
+            psi = federate.consensus(predictions, W[present.index(user.id)].tolist(), base.config.vocab_size)
             user.pseudo_labels = [v.view(*public.shape, -1).to(device) for v in psi]         # (W, T, K) ids, probabilities
             user.bytes_down += federate.n_bytes(dict(enumerate(psi)))
     if not shares:
-        return [{}] * N
+        return {}, {}
     # ranks that differ: generalists by the rule, attention LoRAs, of one rank for all, by the mean
     experts = [{name: v for name, v in update.items() if 'generalists' in name} for update in updates]
     attention = [{name: v for name, v in update.items() if 'generalists' not in name} for update in updates]
-    total = sum(len(user.data['train']) for user in users)
-    weights, scalings = [len(user.data['train']) / total for user in users], [user.scaling for user in users]
-    if aggregate == 'hetlora':
-        new = federate.hetlora(experts, scalings)
-        return [federate.truncate(new, user.rank) | federate.fedavg(attention) for user in users]
+    total = sum(n_train[i] for i in present)
+    weights, scalings = [n_train[i] / total for i in present], [lora_alpha / math.sqrt(rank_of[i]) for i in present]
+    if aggregate == 'hetlora':                               # a user takes the first components, up to its rank
+        return federate.hetlora(experts, scalings) | federate.fedavg(attention), {}
     if aggregate == 'flexlora':
-        return [own | federate.fedavg(attention) for own in federate.flexlora(experts, weights, scalings)]
-    gamma = users[0].model.h[0].attn.c_attn.lora.scaling
-    return [federate.flora(experts, weights, scalings) | federate.flora(attention, weights, [gamma] * N)] * N
+        own = federate.flexlora(experts, weights, scalings)
+        return {}, {i: theirs | federate.fedavg(attention) for i, theirs in zip(present, own)}
+    gamma = lora_alpha / math.sqrt(8)                        # of the attention LoRAs, whose rank is 8
+    return federate.flora(experts, weights, scalings) | federate.flora(attention, weights, [gamma] * len(updates)), {}
 
 
 def receive(user: SimpleNamespace) -> None:
-    """Download: the user's shared tensors become what the server sent it."""
-    user.bytes_down += federate.n_bytes(user.download)
-    if aggregate in ('flexlora', 'flora') and t > 0:         # Adam's moments belong to the old factors
-        for name in user.download:
-            if aggregate == 'flora' or 'generalists' in name:
-                user.expert_opt.state.pop(user.adapter[name], None)
-    if aggregate != 'flora':
-        return load(user, user.download)
-    if user is users[0] and user.download:                   # all users hold the same base, so one addition stands for theirs
-        weight = dict(base.named_parameters())
-        with torch.no_grad():
-            for name in federate.pairs(user.download):
-                merged = weight[name.replace('generalists.0.', '').removesuffix('.lora') + '.weight']
-                merged += user.download[name + '.B'] @ user.download[name + '.A']
-    load(user, {name: initial(name, user.adapter[name].shape, seed, 'server', t) for name in shared})
+    """Download: the user's shared tensors become what the server has for it. Adam's moments of other factors are dropped."""
+    if aggregate == 'flora':                                 # all stacks since it last asked; they are merged into `base`
+        user.bytes_down, user.stacks_seen = user.bytes_down + clock['stacks'] - user.stacks_seen, clock['stacks']
+        download = {name: initial(name, user.adapter[name].shape, seed, 'server', t) for name in shared}
+    else:
+        download = user.download or federate.truncate(server, user.rank)
+        user.bytes_down += federate.n_bytes(download)
+    for name in download:
+        if aggregate == 'flora' or (aggregate == 'flexlora' and user.download and 'generalists' in name):
+            user.expert_opt.state.pop(user.adapter[name], None)
+    load(user, download)
+
+
+def merge(stack: dict) -> None:
+    """FLoRA: the base gains Σ_k w_k γ_k B_k A_k. All users hold the same base, so one addition stands for theirs."""
+    weight = dict(base.named_parameters())
+    with torch.no_grad():
+        for name in federate.pairs(stack):
+            merged = weight[name.replace('generalists.0.', '').removesuffix('.lora') + '.weight']
+            merged += (stack[name + '.B'] @ stack[name + '.A']).to(device)
+    clock['stacks'] += federate.n_bytes(stack)
+    stack.clear()
 
 
 def prune(user: SimpleNamespace) -> None:
@@ -425,64 +493,90 @@ def prune(user: SimpleNamespace) -> None:
 def fusion(user: SimpleNamespace) -> tuple[float, float]:
     """FDLoRA's AdaFusion (2406.07925): (w1, w2) with which A = w1 A_own + w2 A_mean, B likewise, of the MLP LoRAs, have the
     least loss on validation windows + 0.05 mean |w|. A search without gradients: steps along the axes, halved twice."""
-    own = {name: user.adapter[name].detach().clone() for name in user.download if user.role[name] == 'generalist'}
+    own = {name: user.adapter[name].detach().clone() for name in server if user.role[name] == 'generalist'}
 
     def cost(w):
-        return judged(user, federate.fuse(own, user.download, *w)) + 0.05 * (abs(w[0]) + abs(w[1])) / 2
+        return judged(user, federate.fuse(own, server, *w)) + 0.05 * (abs(w[0]) + abs(w[1])) / 2
     cost = functools.cache(cost)
     best, step = min(((1.0, 0.0), (0.0, 1.0), (0.5, 0.5)), key=cost), 0.25
     while step > 0.05:
         near = min(((best[0] + a, best[1] + b) for a, b in ((step, 0), (-step, 0), (0, step), (0, -step))), key=cost)
         best, step = (near, step) if cost(near) < cost(best) else (best, step / 2)
-    load(user, federate.fuse(own, user.download, *best))
+    load(user, federate.fuse(own, server, *best))
     return best
 
 
 # ---- files of the run ----------------------------------------------------------------------------------------------
 def log(kind: str, **values: object) -> None:
-    """One line of metrics.jsonl, on disk at once. No clock in it: the same run writes the same bytes."""
-    metrics.write(json.dumps({'kind': kind, 'round': t + 1, **values}) + '\n')
-    metrics.flush()
+    """One line of metrics.jsonl, about one user or, from process 0, about the round. No clock in it: the same run writes
+    the same bytes. Alone, a process puts it on disk at once; together with others it waits for `publish`."""
+    if 'user' in values or process == 0:
+        pending.append({'kind': kind, 'round': t + 1, **values})
+    if processes == 1:
+        publish()
 
 
-def write_atomically(file: Path, write) -> None:
-    """The file appears complete or not at all, whenever the process or the machine dies."""
-    partial = file.with_name(file.name + '.partial')
-    write(partial)
-    with open(partial, 'rb+') as f:
-        os.fsync(f.fileno())
-    os.replace(partial, file)
+def publish() -> None:
+    """Every process's new lines, in order of users, into metrics.jsonl (process 0) and what they say into `results` (all)."""
+    lines = [line for _, theirs in federate.all_gather({}, pending) for line in theirs]
+    pending.clear()
+    for line in sorted(lines, key=lambda line: line.get('user', -1)):
+        note(line)
+        if process == 0:
+            metrics.write(json.dumps(line) + '\n')
+    if process == 0:
+        metrics.flush()
 
 
-KEPT = ('download', 'rank', 'pseudo_labels', 'expert_steps', 'router_steps', 'test_ppl', 'pretrained_ppl')   # of a user
+def note(line: dict) -> None:
+    """What a run must know of all its users later."""
+    if line['kind'] == 'eval':
+        results.setdefault(line['when'], {})[line['user']] = line['ppl']
+    elif line['kind'] == 'comm':
+        clock['bytes_up'], clock['bytes_down'] = clock['bytes_up'] + line['bytes_up'], clock['bytes_down'] + line['bytes_down']
+    elif line['kind'] in ('train', 'router'):
+        clock['steps'] += 1
 
 
-def save_checkpoint() -> None:
-    state = {'round': t + 1, 'identity': identity, 'metrics_bytes': metrics.tell(), 'clock': clock, 'server': server,
-             'base': base.state_dict() if aggregate == 'flora' else None,
-             'users': [{'adapter': {n: p.detach() for n, p in u.adapter.items()}, 'expert_opt': u.expert_opt.state_dict(),
-                        'router_opt': u.router_opt.state_dict() if u.router_opt else None,
-                        'grad': {n: p.grad for n, p in u.adapter.items() if p.grad is not None},     # of leak_gradients
-                        **{name: getattr(u, name) for name in KEPT}} for u in users]}
-    write_atomically(out / 'checkpoint.pt', lambda file: torch.save(state, file))
+def save_round(present: list[int]) -> None:
+    """The files of those present, then the round's: from now on the run continues after this round."""
+    before = dict(last_round)
+    last_round.update(dict.fromkeys(present, t + 1))
+    for u in users:
+        checkpoint.save_user(checkpoint.user_file(kept_in, u.id, t + 1), u)
+    federate.all_gather({})                                  # everybody's files are there
+    if process == 0:
+        tensors = {f'server/{name}': v for name, v in for_all().items()}
+        tensors |= {f'base/{name}': v for name, v in base.state_dict().items()} if aggregate == 'flora' else {}
+        checkpoint.save(kept_in / 'round.safetensors', tensors, {
+            'round': t + 1, 'identity': identity, 'metrics_bytes': metrics.tell(), 'clock': clock})
+    federate.all_gather({})
+    for u in users:
+        if u.id in before:
+            checkpoint.user_file(kept_in, u.id, before[u.id]).unlink(missing_ok=True)
+
+
+def for_all() -> dict:
+    """The server's tensors; complete with those that never travel (FFA's A) where they are a model for everybody."""
+    return {**origin, **server} if aggregate in federate.ONE_MODEL else server
 
 
 def save_adapters() -> None:
     """Each user's own tensors, and the server's, with what a reader needs to rebuild the model around them."""
-    (out / 'adapters').mkdir(exist_ok=True)
-    for u in users:
-        facts = {'user': u.id, 'name': u.name, 'base': init_from, 'base_sha256': identity['base'], 'method': method,
-                 'n_experts': per_user('n_experts')[u.id], 'n_generalists': n_generalists, 'rank': per_user('lora_rank')[u.id],
-                 'attention_rank': u.model.h[0].attn.c_attn.lora.A.shape[0], 'alpha': lora_alpha,
-                 'scaling': lora_alpha / math.sqrt(per_user('lora_rank')[u.id]),
-                 'top_k': top_k, 'router': router, 'round': rounds}
-        tensors = {name: p.detach().cpu().contiguous() for name, p in u.adapter.items()}
-        write_atomically(out / 'adapters' / f'user{u.id}.safetensors',
+    here = {user.id: user.adapter for user in users}
+    for i in sorted({*last_round, *([0] if pooled else tested)})[process::processes]:
+        facts = {'user': i, 'name': 'all' if pooled else names[i], 'base': init_from, 'base_sha256': identity['base'],
+                 'method': method, 'n_experts': experts_of[i], 'n_generalists': n_generalists, 'rank': rank_of[i],
+                 'attention_rank': 8, 'alpha': lora_alpha, 'scaling': lora_alpha / math.sqrt(rank_of[i]),
+                 'top_k': top_k, 'router': router, 'round': last_round.get(i, 0)}
+        own = here[i] if i in here else checkpoint.read(checkpoint.user_file(kept_in, i, last_round[i]), 'adapter/')[0]
+        tensors = {name: p.detach().cpu().contiguous() for name, p in own.items()}
+        write_atomically(out / 'adapters' / f'user{i}.safetensors',
                          lambda file: save_file(tensors, file, {k: str(v) for k, v in facts.items()}))
-    if server:
+    if aggregate in federate.ONE_MODEL and process == 0:
         write_atomically(out / 'adapters' / 'server.safetensors', lambda file: save_file(
-            {n: v.detach().cpu().contiguous() for n, v in server.items()}, file, {'base': init_from, 'round': str(rounds)}))
-    if aggregate == 'flora':
+            {n: v.detach().cpu().contiguous() for n, v in for_all().items()}, file, {'base': init_from, 'round': str(rounds)}))
+    if aggregate == 'flora' and process == 0:
         write_atomically(out / 'adapters' / 'base.safetensors', lambda file: save_gpt(base, file))
 
 
@@ -497,66 +591,73 @@ def git_commit() -> str:
 # what must be the same for a run to be continued: the base, the data and every switch that shapes the numbers
 free = ('out_dir', 'resume', 'overwrite', 'device', 'init_from', 'dataset')
 identity = {**{k: v for k, v in config.items() if k not in free}, 'base': fingerprint(base),
-            'data': [u['sha256'] for u in meta['users']],
+            'data': hashlib.sha256(json.dumps([u['sha256'] for u in meta['users']]).encode()).hexdigest(),
             'public': None if public is None else hashlib.sha256(public.cpu().numpy().tobytes()).hexdigest()}
 identity = json.loads(json.dumps(identity))                  # as a file gives it back: tuples are lists
-start, clock = 0, {'seconds': 0.0, 'training': 0.0, 'bytes_up': 0, 'bytes_down': 0}
+start, kept_in, pending, results = 0, out / 'checkpoint', [], {}
+clock = {'seconds': 0.0, 'training': 0.0, 'bytes_up': 0, 'bytes_down': 0, 'steps': 0, 'stacks': 0}
+if processes > 1:                                            # who dies closes its connections, and the others notice at once
+    dist.init_process_group('gloo', timeout=datetime.timedelta(days=7))
 if resume:
     try:
-        state = torch.load(out / 'checkpoint.pt', map_location='cpu', weights_only=True)
-    except Exception as error:
-        die(f'{out_dir}/checkpoint.pt cannot be read ({type(error).__name__}): start again with --overwrite')
-    changed = [k for k in identity if state['identity'].get(k) != identity[k]]
-    if changed:
-        die(f'--resume: {out_dir} was made with another {", ".join(changed)}; use the same, or another --out_dir')
-    start, clock, server = state['round'], state['clock'], state['server']
-    if state['base']:
-        base.load_state_dict(state['base'])
-    for user, saved in zip(users, state['users']):
-        load(user, saved['adapter'])
-        for name, g in saved['grad'].items():
-            user.adapter[name].grad = g.to(device)
-        user.expert_opt.load_state_dict(saved['expert_opt'])
-        if user.router_opt:
-            user.router_opt.load_state_dict(saved['router_opt'])
-        for name in KEPT:
-            setattr(user, name, saved[name])
-    with open(out / 'metrics.jsonl', 'rb+') as f:
-        f.truncate(state['metrics_bytes'])                   # lines of a round that was not finished are run again
-else:
+        tensors, facts = checkpoint.read(kept_in / 'round.safetensors')
+        changed = [k for k in identity if facts['identity'].get(k) != identity[k]]
+        if changed:
+            die(f'--resume: {out_dir} was made with another {", ".join(changed)}; use the same, or another --out_dir')
+        start = facts['round']
+        server = {name: v.to(device) for name, v in checkpoint.part(tensors, 'server/').items() if name in shared}
+        last_round = checkpoint.rounds_of_users(kept_in, start)
+        with open(out / 'metrics.jsonl', 'rb') as f:
+            for line in f.read(facts['metrics_bytes']).splitlines():
+                note(json.loads(line))
+        clock = facts['clock']
+    except (OSError, ValueError, KeyError) as error:
+        die(f'{error}: start again with --overwrite')
+    if aggregate == 'flora':
+        base.load_state_dict(checkpoint.part(tensors, 'base/'))
+federate.all_gather({})                                      # all have checked and read before anything is written
+if process == 0 and resume:
+    os.truncate(out / 'metrics.jsonl', facts['metrics_bytes'])   # lines of a round that was not finished are run again
+    checkpoint.remove_others(kept_in, last_round)
+elif process == 0:
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        for old in (out / 'summary.json', out / 'checkpoint.pt', out / 'metrics.jsonl', out / 'trust.png',
-                    *out.glob('adapters/*.safetensors')):
+        kept_in.mkdir(parents=True, exist_ok=True)
+        (out / 'adapters').mkdir(exist_ok=True)
+        for old in (out / 'summary.json', kept_in / 'round.safetensors', out / 'metrics.jsonl', out / 'trust.png',
+                    *kept_in.iterdir(), *out.glob('adapters/*.safetensors')):
             old.unlink(missing_ok=True)
         versions = {'python': sys.version.split()[0], 'torch': torch.__version__, 'numpy': np.__version__}
         write_atomically(out / 'config.json', lambda file: file.write_text(json.dumps(
             {**config, 'device': device, 'dtype': dtype, 'versions': versions, 'git_commit': git_commit(),
-             'base_sha256': identity['base'], 'users': names}, indent=1)))
+             'base_sha256': identity['base'], 'users': names, 'tested': tested}, indent=1)))
     except OSError as error:
         die(f'cannot write to --out_dir={out_dir}: {error.strerror}')
-metrics = open(out / 'metrics.jsonl', 'a', encoding='utf-8')
-metrics.seek(0, os.SEEK_END)
-
-# ---- before round 1: the base as it is -----------------------------------------------------------------------------
-print(f'{method} on {dataset} ({target}): {N} users, {sum(p.numel() for p in base.parameters()):,} frozen parameters, '
-      f'{users[0].trainable if rounds else 0:,} trainable (user 0), {federate.n_bytes(upload(users[0])):,} bytes of LoRA up '
-      f'per user and round, {device} {dtype}')
-began, t = time.time() - clock['seconds'], start - 1
-if start == 0:
-    for user in users:
-        user.test_ppl = user.pretrained_ppl = test_perplexity(user, base, 'pretrained')
+federate.all_gather({})
+metrics = open(out / 'metrics.jsonl', 'a', encoding='utf-8') if process == 0 else None
 
 # ---- Algorithm 1 ---------------------------------------------------------------------------------------------------
-bar = tqdm(total=rounds * N * local_steps, initial=start * N * local_steps, disable=None, unit='step', smoothing=0.05)
+n_present = max(1, round(participation * N))
+first = federate.truncate({name: origin[name] for name in shared}, rank_of[0])   # what user 0 sends a round
+if process == 0:
+    metrics.seek(0, os.SEEK_END)
+    print(f'{method} on {dataset} ({target}): {N} users' + f', {n_present} a round' * (n_present < N)
+          + f', {sum(p.numel() for p in base.parameters()):,} frozen parameters, '
+          f'{wake(0).trainable if rounds else 0:,} trainable (user 0), {federate.n_bytes(first):,} bytes of LoRA up '
+          f'per user and round, {device} {dtype}' + f', {processes} processes' * (processes > 1))
+began, t = time.time() - clock['seconds'], start - 1
+bar = tqdm(total=rounds * n_present * local_steps, initial=start * n_present * local_steps, unit='step', smoothing=0.05,
+           disable=None if process == 0 else True)
 for t in range(start, rounds):
     last = t + 1 == rounds
-    for user in users:                                       # in parallel in the paper, in turn here
+    present = sample(n_present, t, 0, 2)                     # by (seed, round) alone
+    if aggregate == 'flora':
+        merge(server)
+    for user in awake(present[process::processes]):          # in parallel in the paper, here in turn or in several processes
         receive(user)                                        # download: every user starts from the same generalists
         tail = federate.tail_norm(user.adapter, user.rank, prune_gamma) if aggregate == 'hetlora' else 0
         tic = time.time()
-        for _ in range(local_steps):
-            lr = cosine(user.expert_steps)
+        for h in range(local_steps):
+            lr = cosine(t * local_steps + h)
             for group in user.expert_opt.param_groups:
                 group['lr'] = lr
             # eq. (2), lower level: experts descend on the training set, router fixed
@@ -565,7 +666,7 @@ for t in range(start, rounds):
             log('train', step=user.expert_steps, user=user.id, loss=ce, ppl=perplexity(ce), lb=lb, lr=lr)
             if not math.isfinite(ce):
                 sys.exit(f'user {user.id} ({user.name}): the training loss is {ce} at step {user.expert_steps}: '
-                         f'lower --expert_lr; the last finished round is in {out_dir}/checkpoint.pt')
+                         f'lower --expert_lr; the last finished round is kept in {out_dir}/checkpoint')
             if user.router_opt and user.expert_steps % router_every == 0:
                 for _ in range(router_steps):
                     # eq. (3), upper level: the router descends on the validation set, experts fixed
@@ -574,67 +675,88 @@ for t in range(start, rounds):
                     log('router', step=user.expert_steps, router_step=user.router_steps, user=user.id, loss=ce_valid,
                         ppl=perplexity(ce_valid), lb=lb, lr=router_lr)
             bar.update()
-            bar.set_postfix({'round': t + 1, 'user': user.name, 'loss': f'{ce:.3f}',
-                             'test ppl': f'{np.mean(of_all("test_ppl")):.3f}'})
+            bar.set_postfix({'round': t + 1, 'user': user.name, 'loss': f'{ce:.3f}', 'test ppl': cell(mean(of_all('local')))})
         if aggregate == 'hetlora' and federate.tail_norm(user.adapter, user.rank, prune_gamma) < tail:
             prune(user)
         clock['training'] += time.time() - tic
-        if last or (t + 1) % eval_every == 0:                # after local steps, before aggregation
-            user.test_ppl = test_perplexity(user, user.model, 'local')
-    updates = [upload(user) for user in users]
-    for user, download in zip(users, combine(updates)):      # θ^G = 1/N Σ_i θ_i^G, or another rule
-        user.download = download
-    for user, update in zip(users, updates):
-        user.bytes_up += federate.n_bytes(update)
-        log('comm', step=user.expert_steps, user=user.id, bytes_up=user.bytes_up, bytes_down=user.bytes_down)
-        clock['bytes_up'], clock['bytes_down'] = clock['bytes_up'] + user.bytes_up, clock['bytes_down'] + user.bytes_down
+        if (last or (t + 1) % eval_every == 0) and user.id in tested:      # after local steps, before aggregation
+            test_perplexity(user, user.model, 'local')
+    bar.update((len(present) - len(users)) * local_steps)    # other processes' steps
+    publish()
+    updates = gathered({user.id: upload(user) for user in users})
+    server, own = combine(present, [{name: updates[i][name] for name in shared} for i in present])
+    for user in users:
+        user.download = own.get(user.id, {})
+        log('comm', step=user.expert_steps, user=user.id, bytes_up=user.bytes_up + federate.n_bytes(updates[user.id]),
+            bytes_down=user.bytes_down)
         user.bytes_up = user.bytes_down = 0
-    if server:
-        server = {name: users[0].download.get(name, users[0].adapter[name].detach()) for name in common}
+    publish()
     clock['seconds'] = time.time() - began
-    save_checkpoint()
-    if last or (t + 1) % eval_every == 0:
-        tqdm.write(f'round {t + 1:3}/{rounds}  test perplexity ' + '  '.join(
-            f'{name} {ppl:.3f}' for name, ppl in zip(names, of_all('test_ppl'))))
+    save_round(present)
+    if process == 0 and (last or (t + 1) % eval_every == 0):
+        ppl = of_all('local')
+        tqdm.write(f'round {t + 1:3}/{rounds}  test perplexity ' + (
+            '  '.join(f'{name} {cell(p)}' for name, p in zip(names, ppl)) if len(ppl) == len(names) <= 8
+            else f'{cell(mean(ppl))} (mean of {sum(p is not None for p in ppl)} users)'))
 bar.close()
 
 # ---- the end: what came out ----------------------------------------------------------------------------------------
-if fuse and rounds:
-    for user in users:
-        w1, w2 = fusion(user)
-        log('fusion', step=user.expert_steps, user=user.id, own=w1, mean=w2)
-        user.test_ppl = test_perplexity(user, user.model, 'fused')
+awake(([0] if pooled else tested)[process::processes])
+for user in users if fuse and rounds else ():
+    w1, w2 = fusion(user)
+    log('fusion', step=user.expert_steps, user=user.id, own=w1, mean=w2)
+    test_perplexity(user, user.model, 'fused')
+publish()
 for user in users:                                           # what choices between runs may look at
     with autocast:
         result = evaluate(user.model, user.data['valid'], block_size)
-    user.valid_ppl = result['ppl']
     log('eval', step=user.expert_steps, user=user.id, split='valid', when='final', loss=result['loss'], ppl=result['ppl'])
+publish()
 save_adapters()
+original = base                                              # and the base as it was before training
+if aggregate == 'flora':
+    original = load_gpt(init_from).to(device)
+    merge(server)
 after = bool(shares and rounds)
 for user in users if after else ():                          # the same users once more, after the last aggregation
     receive(user)
-    user.aggregated_ppl = test_perplexity(user, user.model, 'aggregated')
+    test_perplexity(user, user.model, 'aggregated')
+publish()
+for user in users:
+    test_perplexity(user, original, 'pretrained', round=0, step=0)
+publish()
+trainable = gathered({user.id: {'n': torch.tensor(user.trainable)} for user in users})
+if processes > 1:
+    dist.destroy_process_group()
+if process > 0:
+    sys.exit()
 metrics.close()
-if any(json.loads(line)['kind'] == 'trust' for line in open(out / 'metrics.jsonl', encoding='utf-8')):
+if rounds and (aggregate == 'trust' or aggregate == 'consensus' and rounds >= consensus_start):
     import plot
     plot.trust(out)
-windows = sum(user.batch_size * (user.expert_steps + user.router_steps) for user in users)
+when = 'pretrained' if rounds == 0 else 'fused' if fuse else 'local'
+ppl = of_all(when)
+ids = list(range(len(names))) if pooled else tested
+n_tokens = [1 if target == 'mixture' else meta['users'][i]['tokens']['test'] - 1 for i in ids]
 summary = {
-    'method': method, 'dataset': dataset, 'target': target, 'seed': seed, 'rounds': rounds, 'users': names,
-    'mean_test_ppl': float(np.mean(of_all('test_ppl'))), 'test_ppl': of_all('test_ppl'),
-    'pretrained_test_ppl': of_all('pretrained_ppl'), 'aggregated_test_ppl': of_all('aggregated_ppl') if after else None,
+    'method': method, 'dataset': dataset, 'target': target, 'seed': seed, 'rounds': rounds,
+    'users': [names[i] for i in ids], 'user_ids': ids,
+    'mean_test_ppl': mean(ppl), 'test_ppl': ppl,
+    'pretrained_test_ppl': of_all('pretrained'), 'aggregated_test_ppl': of_all('aggregated') if after else None,
+    'mean_aggregated_test_ppl': mean(of_all('aggregated')),
     # exp of the mean loss over all test tokens: what a model of pooled text is scored by elsewhere, below the mean of users
-    'pooled_test_ppl': perplexity(np.average(np.log(of_all('test_ppl')), weights=[len(x) - 1 for _, x in sum(tests, [])])),
-    'mean_valid_ppl': float(np.mean([u.valid_ppl for u in users])), 'valid_ppl': [u.valid_ppl for u in users],
-    'trainable_params': [u.trainable if rounds else 0 for u in users],
-    'shared_params': sum(v.numel() for v in upload(users[0]).values()),
+    'pooled_test_ppl': None if None in ppl else perplexity(np.average(np.log(ppl), weights=n_tokens)),
+    'mean_valid_ppl': mean([*results['final'].values()]), 'valid_ppl': [*results['final'].values()],
+    'trainable_params': [own['n'].item() if rounds else 0 for own in trainable.values()],
+    'shared_params': sum(v.numel() for v in first.values()) if rounds else 0,
     'bytes_up': clock['bytes_up'], 'bytes_down': clock['bytes_down'],
     'seconds': time.time() - began,
-    'tokens_per_second': windows * block_size / clock['training'] if rounds else None,
+    'tokens_per_second': clock['steps'] * batch_size * (len(names) if pooled else 1) * block_size / clock['training']
+    if rounds else None,
     'peak_rss_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)}
 write_atomically(out / 'summary.json', lambda file: file.write_text(json.dumps(summary, indent=1)))
-columns = {'pretrained': of_all('pretrained_ppl'), method: of_all('test_ppl')} | (
-    {'after aggregation': of_all('aggregated_ppl')} if after else {})
-print(table(['test perplexity', *columns], [[name, *ppl] for name, ppl in zip([*names, 'mean'], zip(
-    *([*c, float(np.mean(c))] for c in columns.values())))]))
-print(f'{summary["seconds"]:.0f} s; wrote {out}/summary.json, metrics.jsonl, config.json, checkpoint.pt, adapters/')
+columns = {'pretrained': of_all('pretrained'), method: ppl} | ({'after aggregation': of_all('aggregated')} if after else {})
+rows = [[name, *row] for name, row in zip(summary['users'], zip(*columns.values()))]
+print(table(['test perplexity', *columns], [*(rows if len(rows) <= 20 else ()), [
+    f'mean of {len(rows)}' if len(rows) > 20 else 'mean', *map(mean, columns.values())]]))
+print(f'{summary["seconds"]:.0f} s; wrote {out}/summary.json, metrics.jsonl, config.json, checkpoint/, adapters/')

@@ -117,7 +117,7 @@ def test_table_of_several_runs(train, monkeypatch, capsys):
 @pytest.mark.parametrize('spoil, args, message', [
     (lambda out: (out / 'config.json').unlink(), [], 'no config.json'),
     (lambda out: (out / 'adapters/user1.safetensors').write_bytes(b'x'), [], 'user1.safetensors cannot be read'),
-    (lambda out: (out / 'summary.json').unlink() or (out / 'checkpoint.pt').unlink(), [], 'no finished round'),
+    (lambda out: (out / 'summary.json').unlink() or (out / 'checkpoint/round.safetensors').unlink(), [], 'no finished round'),
     (lambda out: None, ['--target=theirs'], 'expected own or mixture'),
     (lambda out: None, ['--init_from=nowhere'], 'no base model'),
 ])

@@ -227,7 +227,7 @@ def test_hetlora_distributes_the_first_components_and_prunes_one_at_a_time(train
             tail = saved[user.rank:] if name.endswith('.A') else saved[:, user.rank:]
             assert not tail.any()
             head = user.adapter[name][:user.rank] if name.endswith('.A') else user.adapter[name][:, :user.rank]
-            assert torch.equal(head, federate.truncate(user.download, user.rank)[name])
+            assert torch.equal(head, federate.truncate(run.server, user.rank)[name])
 
 
 def test_a_pruned_component_stays_zero(train):

@@ -321,7 +321,7 @@ def refused(capsys, run, *args) -> str:
     (['--device=tpu9'], 'device'),
     (['--aggregate=none'], 'shares no tensors'),
     (['--lora_rank=4,8,8'], '--lora_rank must be the same'),
-    (['--resume'], 'no checkpoint.pt'),
+    (['--resume'], 'has no checkpoint'),
     (['notes.txt'], 'neither a config file'),
     (['config/nothing.py'], 'cannot read the config file'),
 ])
@@ -368,7 +368,7 @@ def test_a_run_is_never_overwritten_by_accident(train, tmp_path, capsys):
     assert 'made with another rounds, seed;' in refused(capsys, train, '--resume', '--seed=1', '--rounds=9')
     assert all(f.read_bytes() == content for f, content in files.items())
     train('--overwrite', '--seed=1')
-    (first.out / 'checkpoint.pt').write_bytes(b'broken')
+    (first.out / 'checkpoint' / 'round.safetensors').write_bytes(b'broken')
     assert 'cannot be read' in refused(capsys, train, '--resume')
     (tmp_path / 'file').write_text('')
     assert 'is a file' in refused(capsys, train, f'--out_dir={tmp_path}/file')
