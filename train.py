@@ -388,11 +388,12 @@ def gathered(mine: dict[int, dict]) -> dict[int, dict]:
     """{user: tensors} of all processes, in order of users. mine: those of the users in memory here."""
     if processes == 1:
         return mine
-    found = {}
-    for tensors, _ in federate.all_gather({f'{i} {name}': v for i, own in mine.items() for name, v in own.items()}):
+    flat, found = {f'{i} {name}': v for i, own in mine.items() for name, v in own.items()}, {}
+    for tensors, ids in federate.all_gather(flat, [*mine]):
+        found |= {i: {} for i in ids}
         for key, v in tensors.items():
             i, name = key.split(' ', 1)
-            found.setdefault(int(i), {})[name] = v
+            found[int(i)][name] = v
     return dict(sorted(found.items()))
 
 

@@ -1,0 +1,226 @@
+"""Users dealt out to processes by torchrun, and users that take part in some rounds only: the numbers never depend on it."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, read_metrics, user_streams, write_dataset
+from safetensors.torch import load_file
+from test_train import refused, same
+
+import checkpoint
+import federate
+from data.stream import get_batch
+
+# every aggregation rule, per-user experts or ranks, what lives outside tensors, a sample of the users
+RUNS = {
+    'fedavg': ['--method=comigs_1gxs', '--n_experts=3,1,2'], 'local': ['--method=local'],
+    'centralized': ['--method=centralized'], 'ffa': ['--method=ffa_lora'],
+    'fedsa': ['--method=fedsa_lora'], 'median': ['--aggregate=median'],
+    'trimmed_mean': ['--aggregate=trimmed_mean', '--trim=0.4'], 'weights': ['--method=pcl', '--trust=weights'],
+    'validation': ['--method=pcl'], 'predictions': ['--method=pcl', '--trust=predictions'],
+    'hetlora': ['--method=hetlora', '--lora_rank=4,6,8', '--prune_coef=10'], 'flora': ['--method=flora', '--lora_rank=4,6,8'],
+    'flexlora': ['--method=flexlora', '--lora_rank=4,6,8'], 'consensus': ['--method=consensus', '--n_experts=1,2,3'],
+    'fdlora': ['--method=fdlora'], 'some': ['--participation=0.6', '--test_users=2'],
+}
+SHORT = ('--rounds=3', '--consensus_start=1', '--judge_windows=4', '--batch_size=2', '--micro_batch_size=2')
+
+
+def torchrun(n: int, *command: object, **kwargs) -> subprocess.Popen:
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
+    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}',
+                             *map(str, command)], env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def runs(n: int, folder, tiny, names) -> None:
+    jobs = [given(tiny, folder / name, *RUNS[name]) for name in names]
+    subprocess.run([sys.executable, 'tests/several_runs.py', str(n), json.dumps(jobs)], check=True, cwd=ROOT, timeout=200,
+                   env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True)
+
+
+def given(tiny, out, *args) -> list[str]:
+    return [f'--init_from={tiny.base}', f'--dataset={tiny.data}', f'--out_dir={out}', '--device=cpu', *TINY, *SHORT, *args]
+
+
+@pytest.fixture(scope='module')
+def alone(tiny, tmp_path_factory):
+    """Every run of RUNS by one process with one thread, as torchrun gives each of its processes."""
+    folder = tmp_path_factory.mktemp('alone')
+    runs(1, folder, tiny, RUNS)
+    return folder
+
+
+@pytest.mark.parametrize('n, names', [(2, [*RUNS]), (3, ['fedavg', 'flexlora', 'predictions']), (4, [*RUNS])])
+def test_any_number_of_processes_gives_the_same_bits(tiny, alone, tmp_path, n, names):
+    """One process, two, three, or more than there are users: metrics byte for byte, and every tensor."""
+    runs(n, tmp_path, tiny, names)
+    for name in names:
+        assert (tmp_path / name / 'metrics.jsonl').read_bytes() == (alone / name / 'metrics.jsonl').read_bytes(), name
+        for folder in ('adapters', 'checkpoint'):
+            files = sorted(file.name for file in (alone / name / folder).iterdir())
+            assert files == sorted(file.name for file in (tmp_path / name / folder).iterdir())
+            for file in files:
+                assert same(load_file(alone / name / folder / file), load_file(tmp_path / name / folder / file)), (name, file)
+        a, b = (json.loads((out / name / 'summary.json').read_text()) for out in (alone, tmp_path))
+        assert {k: v for k, v in a.items() if k not in ('seconds', 'tokens_per_second', 'peak_rss_bytes')} == \
+            {k: v for k, v in b.items() if k not in ('seconds', 'tokens_per_second', 'peak_rss_bytes')}
+
+
+def test_a_dead_process_ends_the_run_and_another_number_of_them_resumes_it(tiny, alone, tmp_path):
+    """One of three is killed while it trains: all end within seconds, with one line; one process goes on to the same bits."""
+    args = [arg for arg in given(tiny, tmp_path / 'run', *RUNS['fedavg']) if not arg.startswith('--rounds')]
+    whole = subprocess.run([sys.executable, 'train.py', *args, '--rounds=60', f'--out_dir={tmp_path}/whole'], cwd=ROOT,
+                           env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True)
+    assert whole.returncode == 0
+    running = torchrun(3, 'train.py', *args, '--rounds=60')
+    until(lambda: (tmp_path / 'run' / 'metrics.jsonl').exists() and len(read_metrics(tmp_path / 'run')) > 60)
+    workers = subprocess.run(['pgrep', '-P', str(running.pid)], capture_output=True, text=True).stdout.split()
+    victim = next(pid for pid in map(int, workers) if b'RANK=2\0' in open(f'/proc/{pid}/environ', 'rb').read())
+    os.kill(victim, signal.SIGKILL)
+    began = time.time()
+    _, err = running.communicate(timeout=60)
+    assert time.time() - began < 30 and running.returncode != 0
+    ours = [line for line in err.splitlines() if 'has lost another one' in line]
+    assert ours and all('continue with --resume' in line for line in ours) and 'train.py", line' not in err
+    assert not (tmp_path / 'run' / 'summary.json').exists()
+    again = torchrun(2, 'train.py', *args, '--rounds=60', '--resume')
+    _, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err[-2000:]
+    assert (tmp_path / 'run' / 'metrics.jsonl').read_bytes() == (tmp_path / 'whole' / 'metrics.jsonl').read_bytes()
+    for file in (tmp_path / 'whole' / 'adapters').iterdir():
+        assert same(load_file(file), load_file(tmp_path / 'run' / 'adapters' / file.name))
+
+
+def until(true, seconds: float = 60) -> None:
+    end = time.time() + seconds
+    while not true():
+        assert time.time() < end
+        time.sleep(0.05)
+
+
+def test_bad_input_is_one_line_for_all_processes(tiny, tmp_path):
+    done = torchrun(2, 'train.py', *given(tiny, tmp_path / 'x', '--n_experts=5,5'))
+    _, err = done.communicate(timeout=60)
+    assert done.returncode != 0 and len(re.findall('expected one value of 1 or more', err)) == 1
+    assert 'train.py", line' not in err                      # torchrun reports in its own words that its processes ended
+    assert not (tmp_path / 'x').exists()
+
+
+# ---- some of the users a round --------------------------------------------------------------------------------------
+@pytest.fixture
+def six(tmp_path):
+    return write_dataset(tmp_path / 'six', [user_streams(i % 3, 300 + 40 * i) for i in range(6)])
+
+
+def took_part(lines: list[dict]) -> dict[int, list[int]]:
+    rounds = {}
+    for line in lines:
+        if line['kind'] == 'comm':
+            rounds.setdefault(line['round'], []).append(line['user'])
+    return rounds
+
+
+def test_who_takes_part_depends_on_seed_and_round_alone(train, six):
+    a = train(f'--dataset={six}', '--participation=0.5', '--rounds=6', out='a')
+    b = train(f'--dataset={six}', '--participation=0.5', '--rounds=6', '--method=local', '--local_steps=1', out='b')
+    c = train(f'--dataset={six}', '--participation=0.5', '--rounds=6', '--seed=43', out='c')
+    rounds = took_part(a.lines)
+    assert rounds == took_part(b.lines) != took_part(c.lines)
+    assert all(len(present) == 3 and present == sorted(set(present)) for present in rounds.values())
+    assert len({tuple(present) for present in rounds.values()}) > 2
+    steps = [sum(line['kind'] == 'train' and line['user'] == i for line in a.lines) for i in range(6)]
+    assert steps == [2 * sum(i in present for present in rounds.values()) for i in range(6)]
+
+
+def test_the_mean_is_over_those_present_and_the_absent_stay_as_they_were(train, six):
+    run = train(f'--dataset={six}', '--participation=0.5', '--rounds=6')
+    last = took_part(run.lines)[6]
+    states = {i: checkpoint.read(checkpoint.user_file(run.kept_in, i, r)) for i, r in run.last_round.items()}
+    mean = federate.fedavg([{n: states[i][0][f'adapter/{n}'] for n in run.shared} for i in last])
+    assert same(mean, run.server) and {i for i, r in run.last_round.items() if r == 6} == {*last}
+    for i, (tensors, facts) in states.items():               # a user's file is that of the last round it took part in
+        assert facts['expert_steps'] == 2 * sum(i in present for present in took_part(run.lines).values())
+    two = train(f'--dataset={six}', '--participation=0.5', '--rounds=6', out='b')
+    for i, r in two.last_round.items():
+        assert same(checkpoint.read(checkpoint.user_file(two.kept_in, i, r))[0], states[i][0])
+
+
+def test_only_those_present_are_in_memory_and_the_others_have_a_file_or_nothing(train, six, monkeypatch):
+    import lora_moe
+    alive = []
+    real = lora_moe.add_lora
+    monkeypatch.setattr(lora_moe, 'add_lora', lambda *a: alive.append(1) or real(*a))
+    run = train(f'--dataset={six}', '--participation=0.2', '--rounds=3', '--test_users=2')
+    assert len(run.users) == 2 == len(run.tested) and len(alive) <= 2 + 3 + 2
+    ever = {i for present in took_part(run.lines).values() for i in present}
+    assert {*run.last_round} == ever and len(ever) <= 3 and len([*run.kept_in.iterdir()]) == len(ever) + 1
+    assert run.summary['user_ids'] == run.tested and len(run.summary['aggregated_test_ppl']) == 2
+
+
+@pytest.mark.parametrize('args', [[], ['--method=pcl'], ['--method=flexlora', '--lora_rank=4,6,8,4,6,8'], ['--method=flora'],
+                                  ['--method=hetlora', '--lora_rank=4,6,8,4,6,8'], ['--method=consensus'], ['--leak_gradients'],
+                                  ['--method=fedsa_lora'], ['--method=comigs_2s'], ['--aggregate=median']],
+                         ids=lambda a: ' '.join(a[:1]))
+def test_a_resumed_run_of_some_users_is_bit_identical(train, six, monkeypatch, args):
+    """Killed in round 5, when some users have waited on disk for rounds and others are new."""
+    args = [f'--dataset={six}', '--participation=0.5', '--rounds=7', '--consensus_start=1', '--judge_windows=4', *args]
+    whole = train(*args, out='whole')
+
+    def dies(*a):
+        dies.calls += 1
+        if dies.calls == 28:
+            raise KeyboardInterrupt
+        return get_batch(*a)
+    dies.calls = 0
+    import data.stream
+    monkeypatch.setattr(data.stream, 'get_batch', dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(*args, out='cut')
+    monkeypatch.setattr(data.stream, 'get_batch', get_batch)
+    resumed = train(*args, '--resume', out='cut')
+    assert 0 < resumed.start < 7
+    assert (whole.out / 'metrics.jsonl').read_bytes() == (resumed.out / 'metrics.jsonl').read_bytes()
+    assert whole.last_round == resumed.last_round
+    for i, r in whole.last_round.items():
+        a, b = (checkpoint.read(checkpoint.user_file(run.kept_in, i, r)) for run in (whole, resumed))
+        assert same(a[0], b[0]) and a[1] == b[1]
+
+
+def test_flora_counts_every_stack_that_an_absent_user_missed(train, six):
+    run = train(f'--dataset={six}', '--participation=0.5', '--rounds=6', '--method=flora')
+    up = {t: sum(line['bytes_up'] for line in run.lines if line['kind'] == 'comm' and line['round'] == t) for t in range(1, 7)}
+    seen = dict.fromkeys(range(6), 0)
+    for line in (line for line in run.lines if line['kind'] == 'comm'):
+        assert line['bytes_down'] == sum(up[t] for t in range(seen[line['user']] + 1, line['round']))
+        seen[line['user']] = line['round'] - 1
+
+
+def test_files_of_an_unfinished_round_are_ignored_and_removed(tmp_path):
+    for name in ('user3-1', 'user3-2', 'user4-3', 'user5-1', 'round'):
+        checkpoint.save(tmp_path / f'{name}.safetensors', {'x': torch.zeros(1)}, {})
+    (tmp_path / 'user5-2.safetensors.partial').write_bytes(b'half')
+    kept = checkpoint.rounds_of_users(tmp_path, 2)
+    assert kept == {3: 2, 5: 1}
+    checkpoint.remove_others(tmp_path, kept)
+    assert {file.name for file in tmp_path.iterdir()} == {'user3-2.safetensors', 'user5-1.safetensors', 'round.safetensors'}
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--participation=0'], 'must be in (0, 1]'), (['--participation=1.5'], 'must be in (0, 1]'),
+    (['--test_users=9'], 'has 6 users'), (['--test_users=-1'], 'must not be negative'),
+    (['--method=fdlora', '--participation=0.5'], 'needs --participation=1')])
+def test_bad_participation(train, six, capsys, args, message):
+    assert message in refused(capsys, train, f'--dataset={six}', *args)
+
+
+def test_a_sample_of_users_is_the_same_users_whoever_takes_part(train, six):
+    a, b = (train(f'--dataset={six}', '--test_users=3', f'--participation={p}', out=str(p)) for p in (1.0, 0.4))
+    assert a.tested == b.tested and len(a.tested) == 3
+    assert a.summary['pretrained_test_ppl'] == b.summary['pretrained_test_ppl']
+    assert all(np.isfinite(a.summary['test_ppl']))
