@@ -172,23 +172,24 @@ def flora(updates: list[Tensors], weights: list[float], scalings: list[float]) -
     return server
 
 
-def flexlora(updates: list[Tensors], weights: list[float], scalings: list[float]) -> list[Tensors]:
-    """W = Σ_k w_k γ_k B_k A_k = U Σ Vᵀ; user k gets A_k = Vᵀ[:r_k], B_k = U[:, :r_k] Σ[:r_k] / γ_k, the best approximation
-    of W with its rank (Eckart-Young), exact if rank W <= r_k (FlexLoRA, 2402.11505). One dict per user.
+def flexlora(updates: list[Tensors], weights: list[float], scalings: list[float]) -> Tensors:
+    """W = Σ_k w_k γ_k B_k A_k = U Σ Vᵀ as A = Vᵀ, B = U Σ, outer scale 1 (FlexLoRA, 2402.11505). A user takes `of_rank`.
 
     W has rank Σ r_k at most, so its SVD is that of a Σ r_k x Σ r_k matrix between two orthonormal bases, in float64."""
-    server, users = flora(updates, weights, scalings), [{} for _ in updates]
+    server = flora(updates, weights, scalings)
     for name in pairs(server):
         Q_b, R_b = torch.linalg.qr(server[name + '.B'].cpu().double())    # (out, s), (s, Σr)
         Q_a, R_a = torch.linalg.qr(server[name + '.A'].cpu().double().T)  # (in, s'), (s', Σr)
-        U, S, Vt = torch.linalg.svd(R_b @ R_a.T, full_matrices=False)
-        U, Vt = Q_b @ U, Vt @ Q_a.T                                 # (out, m), (m, in), m = min(s, s')
-        for user, update, gamma in zip(users, updates, scalings):
-            A, B = update[name + '.A'], update[name + '.B']
-            r = min(len(A), len(S))                                 # a rank above the matrix's own leaves zeros
-            user[name + '.A'] = F.pad(Vt[:r], (0, 0, 0, len(A) - r)).to(A)
-            user[name + '.B'] = F.pad(U[:, :r] * S[:r] / gamma, (0, len(A) - r)).to(B)
-    return users
+        U, S, Vt = torch.linalg.svd(R_b @ R_a.T, full_matrices=False)     # m = min(s, s') singular values
+        server[name + '.B'], server[name + '.A'] = Q_b @ U * S, Vt @ Q_a.T
+    return like(server, updates[0])
+
+
+def of_rank(server: Tensors, rank: int, scaling: float) -> Tensors:
+    """What a user of that rank and scaling γ takes from `flexlora`: A = Vᵀ[:r], B = U[:, :r] Σ[:r] / γ, the best
+    approximation of W with its rank (Eckart-Young), exact if rank W <= r. A rank above the matrix's own leaves zeros."""
+    return {name: F.pad(t[:rank], (0, 0, 0, max(0, rank - len(t)))) if name.endswith('.A') else
+            F.pad(t[:, :rank], (0, max(0, rank - t.shape[1]))) / scaling for name, t in server.items()}
 
 
 def fuse(own: Tensors, mean: Tensors, w1: float, w2: float) -> Tensors:

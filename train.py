@@ -261,7 +261,7 @@ def wake(i: int) -> SimpleNamespace:
         router_opt=torch.optim.AdamW(phi, lr=router_lr, **adamw) if phi and router_data != 'joint' else None,
         batch_size=batch_size * len(tests), trained={id(p) for p in theta + phi}, trainable=sum(p.numel() for p in theta + phi),
         rank=rank_of[i],                                     # of its generalists, MLP only: hetlora prunes it
-        scaling=lora_alpha / math.sqrt(rank_of[i]), download={}, pseudo_labels=None,             # its own, of some rules only
+        download={}, pseudo_labels=None,                     # what some rules give a user of its own
         bytes_up=0, bytes_down=0, stacks_seen=0, expert_steps=0, router_steps=0)
     if i in last_round:
         checkpoint.restore_user(checkpoint.user_file(kept_in, i, last_round[i]), user)
@@ -451,8 +451,7 @@ def combine(present: list[int], updates: list[dict]) -> tuple[dict, dict]:
     if aggregate == 'hetlora':                               # a user takes the first components, up to its rank
         return federate.hetlora(experts, scalings) | federate.fedavg(attention), {}
     if aggregate == 'flexlora':
-        own = federate.flexlora(experts, weights, scalings)
-        return {}, {i: theirs | federate.fedavg(attention) for i, theirs in zip(present, own)}
+        return federate.flexlora(experts, weights, scalings) | federate.fedavg(attention), {}
     gamma = lora_alpha / math.sqrt(8)                        # of the attention LoRAs, whose rank is 8
     return federate.flora(experts, weights, scalings) | federate.flora(attention, weights, [gamma] * len(updates)), {}
 
@@ -464,9 +463,12 @@ def receive(user: SimpleNamespace) -> None:
         download = {name: initial(name, user.adapter[name].shape, seed, 'server', t) for name in shared}
     else:
         download = user.download or federate.truncate(server, user.rank)
+        if aggregate == 'flexlora':
+            experts = {name: v for name, v in server.items() if 'generalists' in name}
+            download |= federate.of_rank(experts, user.rank, lora_alpha / math.sqrt(user.rank))
         user.bytes_down += federate.n_bytes(download)
     for name in download:
-        if aggregate == 'flora' or (aggregate == 'flexlora' and user.download and 'generalists' in name):
+        if aggregate == 'flora' or (aggregate == 'flexlora' and t > 0 and 'generalists' in name):
             user.expert_opt.state.pop(user.adapter[name], None)
     load(user, download)
 

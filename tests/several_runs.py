@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import matplotlib  # noqa: E402, F401  what train.py needs, and nothing that starts a thread
-import torch  # noqa: E402, F401
+import torch._dynamo  # noqa: E402, F401  which an optimizer imports at its first step
 
 import data.stream  # noqa: E402, F401
 

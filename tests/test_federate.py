@@ -15,6 +15,7 @@ from federate import (
     hetlora,
     median,
     n_bytes,
+    of_rank,
     prediction_scores,
     prediction_trust,
     shared_names,
@@ -54,6 +55,15 @@ MLP, ATT = 'h.0.mlp.generalists.0.c_fc', 'h.0.attn.c_attn.lora'
 def delta(update: dict, name=MLP) -> np.ndarray:
     """B A, without scaling, in float64."""
     return (update[name + '.B'].double() @ update[name + '.A'].double()).numpy()
+
+
+def each(given, weights, scalings) -> list[dict]:
+    """What every user has after FlexLoRA: its rank's part of the server's factors, LoRA by LoRA."""
+    server, taken = flexlora(given, weights, scalings), [{} for _ in given]
+    for user, update, gamma in zip(taken, given, scalings):
+        for name in (MLP, ATT):
+            user |= of_rank({name + f: server[name + f] for f in ('.A', '.B')}, len(update[name + '.A']), gamma)
+    return taken
 
 
 def same(a: dict, b: dict) -> bool:
@@ -433,7 +443,7 @@ def test_identical_users_keep_their_update_under_every_rule():
     (one,) = lora_updates([4])
     for n in (1, 3):
         for new, scale in ((hetlora([one] * n, [2.0] * n), 2), (flora([one] * n, [1 / n] * n, [2.0] * n), 1),
-                           *((user, 2) for user in flexlora([one] * n, [1 / n] * n, [2.0] * n))):
+                           *((user, 2) for user in each([one] * n, [1 / n] * n, [2.0] * n))):
             assert all(np.allclose(scale * delta(new, name), 2 * delta(one, name), atol=1e-4) for name in (MLP, ATT))
 
 
@@ -502,7 +512,7 @@ def test_flexlora_is_the_best_approximation_of_each_rank(seed):
     given, w = lora_updates([2, 4, 6], seed), [0.2, 0.5, 0.3]
     W = sum(x * g * delta(u) for x, g, u in zip(w, GAMMA, given))
     sigma = np.linalg.svd(W, compute_uv=False)
-    for r, g, old, new in zip((2, 4, 6), GAMMA, given, flexlora(given, w, GAMMA)):
+    for r, g, old, new in zip((2, 4, 6), GAMMA, given, each(given, w, GAMMA)):
         assert {name: t.shape for name, t in new.items()} == {name: t.shape for name, t in old.items()}
         missed = np.linalg.norm(W - g * delta(new))
         assert missed == pytest.approx(np.sqrt((sigma[r:] ** 2).sum()), rel=1e-4) and missed > 0
@@ -517,7 +527,7 @@ def test_flexlora_is_exact_where_the_rank_allows():
     for given, w, gamma in ((lora_updates([3]), [1.0], [2.0]), (lora_updates([3]) * 4, [0.25] * 4, [2.0] * 4),
                             (thin, [0.1, 0.2, 0.7], [1.0, 2.0, 3.0])):
         W = sum(x * g * delta(u) for x, g, u in zip(w, gamma, given))
-        r, new = np.linalg.matrix_rank(W, tol=1e-4), flexlora(given, w, gamma)
+        r, new = np.linalg.matrix_rank(W, tol=1e-4), each(given, w, gamma)
         assert r == (6 if given is thin else 3) and len(new) == len(given)
         assert all(np.allclose(g * delta(n), W, atol=1e-4) for g, n in zip(gamma, new))
 
@@ -525,14 +535,14 @@ def test_flexlora_is_exact_where_the_rank_allows():
 def test_flexlora_before_any_update_leaves_none():
     """B = 0 everywhere: W = 0 has no singular vectors of its own, but A stays orthonormal and can be trained."""
     given = [{name: torch.zeros_like(t) if name.endswith('.B') else t for name, t in u.items()} for u in lora_updates([2, 4])]
-    for r, new in zip((2, 4), flexlora(given, [0.5, 0.5], [1.0, 2.0])):
+    for r, new in zip((2, 4), each(given, [0.5, 0.5], [1.0, 2.0])):
         assert not new[MLP + '.B'].any()
         assert torch.allclose(new[MLP + '.A'] @ new[MLP + '.A'].T, torch.eye(r), atol=1e-5)
 
 
 def test_flexlora_with_a_rank_above_the_matrix_leaves_zeros():
     given = lora_updates([16, 16])                                        # of a 12 x 10 matrix
-    for new in flexlora(given, [0.5, 0.5], [4.0, 4.0]):
+    for new in each(given, [0.5, 0.5], [4.0, 4.0]):
         assert not new[MLP + '.A'][10:].any() and not new[MLP + '.B'][:, 10:].any()
         assert np.allclose(4 * delta(new), 2 * delta(given[0]) + 2 * delta(given[1]), atol=1e-3)
 
@@ -541,7 +551,7 @@ def test_flexlora_with_a_rank_above_the_matrix_leaves_zeros():
 @pytest.mark.parametrize('rule', ['hetlora', 'flora', 'flexlora'])
 def test_permuting_users_changes_nothing_but_rounding(rule, order):
     given, w = lora_updates([2, 4, 6]), [0.2, 0.5, 0.3]
-    a, b = ({'hetlora': lambda u, w, g: [hetlora(u, g)], 'flora': lambda u, w, g: [flora(u, w, g)], 'flexlora': flexlora}[rule](
+    a, b = ({'hetlora': lambda u, w, g: [hetlora(u, g)], 'flora': lambda u, w, g: [flora(u, w, g)], 'flexlora': each}[rule](
         [given[i] for i in o], [w[i] for i in o], [GAMMA[i] for i in o]) for o in ([0, 1, 2], order))
     if rule == 'flexlora':
         a = [a[i] for i in order]
