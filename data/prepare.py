@@ -19,11 +19,16 @@ import hashlib
 import heapq
 import itertools
 import json
+import os
 import re
 import shutil
 import sys
+import tempfile
+from array import array
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -35,6 +40,7 @@ DEMO_TOKENS = {'train': (40_000, 60_000, 80_000, 60_000), 'valid': 24_000, 'test
 BASE_TOKENS = 80_000_000     # English Wikipedia to take from the Hub for base; everything when it comes from --source
 BATCH_CHARS = 1_000_000      # text that is tokenised at once
 LEAD = 2                     # tokens of a separator, at most; a stream's first document loses its own
+MANY = 32                    # users, beyond which a report is a summary and a demo's files are several documents each
 FORMATS = ('.jsonl', '.jsonl.gz', '.csv', '.parquet', '.txt')
 WIKIPEDIA = 'wikimedia/wikipedia'
 # hub: user or group -> (repository, config) on the Hugging Face Hub. buffer: rows of a file group in memory for shuffling.
@@ -88,10 +94,11 @@ def file_rows(file: Path, whole: bool = False) -> Iterator[dict]:
             for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
             return
-        with (gzip.open if file.suffix == '.gz' else open)(file, 'rt', encoding='utf-8-sig', newline='') as lines:
+        newline = '' if file.suffix == '.csv' else '\n'
+        with (gzip.open if file.suffix == '.gz' else open)(file, 'rt', encoding='utf-8-sig', newline=newline) as lines:
             if file.suffix == '.txt':
-                text = lines.read().replace('\r\n', '\n')
-                yield from ({'text': part} for part in ([text] if whole else re.split(r'\n\s*\n', text)))
+                parts = ((False, lines),) if whole else itertools.groupby(lines, str.isspace)
+                yield from ({'text': ''.join(part).replace('\r\n', '\n')} for blank, part in parts if not blank)
             elif file.suffix == '.csv':
                 csv.field_size_limit(2**31 - 1)
                 yield from csv.DictReader(lines)
@@ -307,18 +314,30 @@ def wanted(asked: dict, shares: dict, category: int, total: float = np.inf) -> l
 # ---- tokens ---------------------------------------------------------------------------------------------------------
 
 def encode(enc, texts: list[str]) -> list[np.ndarray]:
-    dtype = '<u4' if enc.n_vocab > 2**16 else '<u2'
-    return [np.array(ids, dtype) for ids in enc.encode_ordinary_batch(texts)]
+    """Tokens of every text, over all cores: tiktoken works outside Python's lock, and returns an array without a list."""
+    if enc.name == 'bytes':
+        return [np.frombuffer(text.encode(), np.uint8).astype('<u2') for text in texts]
+    dtype, n = '<u4' if enc.n_vocab > 2**16 else '<u2', min(8, os.cpu_count())
+
+    def several(some):
+        return [enc.encode_to_numpy(text, disallowed_special=()).astype(dtype) for text in some]
+    tokens = [None] * len(texts)
+    with ThreadPoolExecutor(n) as threads:
+        for i, some in enumerate(threads.map(several, (texts[i::n] for i in range(n)))):
+            tokens[i::n] = some
+    return tokens
 
 
-def fill(streams: list, names: list[str], asked: dict, shares: dict, enc, separator: str, max_chars: int | None) -> list:
-    """Per category its documents, each as tokens of separator + text: distinct ones, until all that is asked is there.
+def fill(streams: list, names: list[str], asked: dict, shares: dict, enc, separator: str, max_chars: int | None,
+         spool: BinaryIO) -> list[np.ndarray]:
+    """Write distinct documents, each as tokens of separator + text, to the file `spool`, until all that is asked is there.
 
-    Memory: the tokens kept (2 bytes each), a batch of text and the shuffle buffer, however long the streams are.
+    Returns per category (documents, 2): a document's place in `spool`, in bytes, and its number of tokens. Memory, however
+    long the streams are: a batch of text, the shuffle buffer, and about 150 bytes per document for its hash and its place.
     Raises ValueError for a category without documents."""
     wants = [wanted(asked, shares, category) for category in range(len(names))]
     need = [sum(want for _, _, want, _ in some) for some in wants]  # inf where somebody takes a fraction
-    pools = [[] for _ in names]
+    pools = [array('q') for _ in names]
     tokens, longest, seen, n_cut = [0] * len(need), [0] * len(need), set(), 0
 
     def enough(category):  # every split may waste the rest of a document
@@ -326,7 +345,8 @@ def fill(streams: list, names: list[str], asked: dict, shares: dict, enc, separa
 
     def flush(batch):
         for (category, _), ids in zip(batch, encode(enc, [text for _, text in batch])):
-            pools[category].append(ids)
+            pools[category].extend((spool.tell(), len(ids)))
+            spool.write(ids)
             tokens[category] += len(ids)
             longest[category] = max(longest[category], len(ids))
         batch.clear()
@@ -358,68 +378,75 @@ def fill(streams: list, names: list[str], asked: dict, shares: dict, enc, separa
             raise ValueError(f'there are no documents of {name}: nothing to prepare')
     if n_cut:
         print(f'{n_cut} documents longer than {max_chars:,} characters were cut there (--max_chars)')
-    return pools
+    return [np.array(pool).reshape(-1, 2) for pool in pools]
 
 
-def deal(pools: list, asked: dict, shares: dict, seed: int) -> dict[tuple[int, str], list[np.ndarray]]:
+def deal(pools: list, asked: dict, shares: dict, seed: int) -> dict[tuple[int, str], np.ndarray]:
     """Deal every category's documents, in random order, each to the one split that has least of what it wants.
 
-    So if there is less text than asked, all splits shrink alike. Only the document that fills a split is cut, to its size."""
+    So if there is less text than asked, all splits shrink alike. Only the document that fills a split is cut, to its size.
+    Returns per (user, split) its documents as in `pools`, (documents, 2)."""
     rng = np.random.default_rng((seed, 2))
-    parts = {(user, split): [] for split in SPLITS for user in range(len(asked[split]))}
+    parts = {(user, split): array('q') for split in SPLITS for user in range(len(asked[split]))}
     for category, pool in enumerate(pools):
-        wants = wanted(asked, shares, category, sum(map(len, pool)))
+        wants = wanted(asked, shares, category, pool[:, 1].sum())
+        if len(wants) > len(pool):  # many users: the smallest wants go without, so that no split does
+            wants = sorted(wants, key=lambda want: -want[2])[:len(pool)]
         got = [0] * len(wants)
         waiting = [(0, k) for k in range(len(wants))]  # a heap of (tokens got / wanted, whose)
         for i in rng.permutation(len(pool)) if wants else ():
             _, k = heapq.heappop(waiting)
             user, split, want, limit = wants[k]
-            ids = pool[i][:limit and limit - got[k]]
-            parts[user, split].append(ids)
-            got[k] += len(ids)
+            place, n = pool[i].tolist()
+            n = min(n, limit - got[k]) if limit else n
+            parts[user, split].extend((place, n))
+            got[k] += n
             if got[k] < want:
                 heapq.heappush(waiting, (got[k] / want, k))
             if not waiting:
                 break
-    for part in parts.values():
-        rng.shuffle(part)  # mixes the categories
+    for key, part in parts.items():
+        parts[key] = np.array(part).reshape(-1, 2)
+        rng.shuffle(parts[key])  # mixes the categories
     return parts
 
 
-def streams_of(parts: dict, names: list[str], asked: dict, enc, separator: str) -> dict[tuple[int, str], tuple]:
-    """(tokens of separator.join(documents), number of documents), cut to the tokens asked. Raises ValueError if empty."""
-    streams = {}
-    for user, split in list(parts):
-        part = parts.pop((user, split))  # one copy of the tokens in memory
-        size = asked[split][user]
-        if part:  # 'ignore': a lone document may have been cut within a character
-            first = enc.decode_bytes(part[0].tolist()).decode('utf-8', 'ignore')[len(separator):]
-            part = encode(enc, [first]) + part[1:]
-        tokens = np.concatenate(part or [()])[:size if isinstance(size, int) else None]
-        if len(tokens) < 2:
-            raise ValueError(f'user {user} ({names[user]}) would have an empty {split} stream: there are too few documents')
-        ends = np.cumsum([len(ids) for ids in part])
-        streams[user, split] = tokens, int(np.searchsorted(ends, len(tokens))) + 1
-    return streams
+def documents_in(spool: BinaryIO, part: np.ndarray, enc, separator: str) -> Iterator[np.ndarray]:
+    """Tokens of every document of a split, (documents, 2) as of deal; the first one without its separator."""
+    dtype = encode(enc, [''])[0].dtype
+    for i, (place, n) in enumerate(part):
+        spool.seek(place)
+        ids = np.frombuffer(spool.read(n * dtype.itemsize), dtype)
+        if i == 0:  # 'ignore': a lone document may have been cut within a character
+            ids = encode(enc, [enc.decode_bytes(ids.tolist()).decode('utf-8', 'ignore')[len(separator):]])[0]
+        yield ids
 
 
 # ---- the folder -----------------------------------------------------------------------------------------------------
 
-def write(folder: Path, names: list[str], streams: dict, enc, meta: dict) -> dict:
+def write(folder: Path, names: list[str], parts: dict, asked: dict, spool: BinaryIO, enc, meta: dict) -> dict:
     """Write all streams and meta.json under a temporary name, then rename: what stands at `folder` is always complete."""
-    n_bytes = np.array([len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)])
     partial, old = (folder.with_name(f'.{folder.name}.{state}') for state in ('partial', 'old'))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
+        n_bytes = np.array([len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)])
         users = [{'name': name, 'tokens': {}, 'documents': {}, 'bytes': {}, 'sha256': {}} for name in names]
-        for (i, split), (tokens, documents) in tqdm(streams.items(), desc='writing', unit=' streams', disable=None):
-            (partial / f'user{i}_{split}.bin').write_bytes(tokens.data)
-            users[i]['tokens'][split], users[i]['documents'][split] = len(tokens), documents
-            chunks = np.array_split(tokens, 1 + len(tokens) // 2**20)
-            users[i]['bytes'][split] = sum(int(n_bytes[chunk].sum()) for chunk in chunks)  # of text, for bits per byte
-            users[i]['sha256'][split] = hashlib.sha256(tokens.data).hexdigest()
-        meta = {**meta, 'dtype': tokens.dtype.str, 'vocab_size': enc.n_vocab, 'users': users}
+        for (i, split), part in tqdm(parts.items(), desc='writing', unit=' streams', disable=None):
+            size = asked[split][i] if isinstance(asked[split][i], int) else sys.maxsize
+            tokens, documents, text, digest = 0, 0, 0, hashlib.sha256()
+            with (partial / f'user{i}_{split}.bin').open('wb') as file:
+                for ids in documents_in(spool, part, enc, meta['separator']):
+                    ids = ids[:size - tokens]
+                    file.write(ids)
+                    digest.update(ids)
+                    tokens, documents = tokens + len(ids), documents + 1
+                    text += int(n_bytes[ids].sum())  # bytes of text, for bits per byte
+                    if tokens == size:
+                        break
+            for key, value in (('tokens', tokens), ('documents', documents), ('bytes', text), ('sha256', digest.hexdigest())):
+                users[i][key][split] = value
+        meta = {**meta, 'dtype': ids.dtype.str, 'vocab_size': enc.n_vocab, 'users': users}
         (partial / 'meta.json').write_text(json.dumps(meta, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():  # --force, or an empty folder
@@ -431,21 +458,29 @@ def write(folder: Path, names: list[str], streams: dict, enc, meta: dict) -> dic
     return meta
 
 
-def report(meta: dict, asked: dict, paper: dict | None) -> None:
-    """Print who has what, beside the paper's Table 3, and who has less than asked."""
-    width = max(len(user['name']) for user in meta['users'])
+def report(meta: dict, asked: dict, paper: dict | None, supply: str) -> None:
+    """Print who has what, beside the paper's Table 3, and who has less than asked; for more than MANY users a summary."""
+    users = meta['users']
+    first = users if len(users) <= MANY else users[:5]
+    rows = [(i, user['name'], user['documents'], user['tokens']) for i, user in enumerate(first)]
+    if len(users) > len(first):
+        rows += [('', f'{name} of {len(users):,} users', *({split: int(number([user[key][split] for user in users]))
+                  for split in SPLITS} for key in ('documents', 'tokens')))
+                 for name, number in (('least', np.min), ('median', np.median), ('most', np.max))]
+    width = max(len(name) for _, name, _, _ in rows)
     print(f'user  {"":{width}}  {"documents":>23}  {"tokens: train":>13} {"valid":>9} {"test":>9}'
           + '   paper, Table 3 (GPT-2 tokens)' * bool(paper))
-    for i, user in enumerate(meta['users']):
-        documents = ' '.join(f'{user["documents"][split]:>7,}' for split in SPLITS)
-        tokens = '{:>13,} {:>9,} {:>9,}'.format(*(user['tokens'][split] for split in SPLITS))
+    for i, name, documents, tokens in rows:
         table3 = ' / '.join(f'{paper[split][i % len(paper[split])]:,}' for split in SPLITS) if paper else ''
-        print(f'{i:>4}  {user["name"]:{width}}  {documents}  {tokens}   {table3}'.rstrip())
-    for i, user in enumerate(meta['users']):
-        short = [f'{split} {user["tokens"][split]:,} of {asked[split][i]:,}' for split in SPLITS
-                 if user['tokens'][split] < asked[split][i]]
-        if short:
-            print(f'user {i} ({user["name"]}) has fewer tokens than asked: {", ".join(short)}; there is no more text')
+        print(f'{i:>4}  {name:{width}}  {" ".join(f"{documents[split]:>7,}" for split in SPLITS)}  '
+              f'{tokens["train"]:>13,} {tokens["valid"]:>9,} {tokens["test"]:>9,}   {table3}'.rstrip())
+    short = {i: ', '.join(f'{split} {user["tokens"][split]:,} of {asked[split][i]:,}' for split in SPLITS
+                          if user['tokens'][split] < asked[split][i]) for i, user in enumerate(users)}
+    short = {i: splits for i, splits in short.items() if splits}
+    if len(users) > MANY and short:
+        print(f'{len(short):,} of {len(users):,} users have fewer tokens than asked; there is no more text ({supply})')
+    for i, splits in short.items() if len(users) <= MANY else ():
+        print(f'user {i} ({users[i]["name"]}) has fewer tokens than asked: {splits}; there is no more text')
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -490,17 +525,23 @@ def prepare(options: dict) -> dict:
     asked = sizes(options, n_users)
     pools = categories + ['test'] * (options['set'] == 'agnews' and len(streams) == 2)
     shares = make_shares(options, n_users, len(categories), len(pools))
-    parts = deal(fill(streams, pools, asked, shares, enc, chosen['separator'], options['max_chars']),
-                 asked, shares, options['seed'])
     names = categories[:n_users]
     if options['alpha'] is not None:
         names = [' + '.join(f'{share:.0%} {name}' for name, share in zip(categories, row) if share >= 0.05) or 'mixture'
                  for row in shares['train']]
     meta = {key: options[key] for key in ('name', 'tokenizer', 'seed')} | {'source': where, 'separator': chosen['separator']}
     meta['options'] = options | {key: options[key] and Path(options[key]).name for key in ('source', 'out_root')}
-    meta = write(folder, names, streams_of(parts, names, asked, enc, chosen['separator']), enc, meta)
+    with tempfile.TemporaryFile(dir=next(parent for parent in folder.absolute().parents if parent.exists())) as spool:
+        filled = fill(streams, pools, asked, shares, enc, chosen['separator'], options['max_chars'], spool)
+        supply = ', '.join(f'{name}: {pool[:, 1].sum():,} tokens in {len(pool):,} documents' for name, pool in zip(pools, filled))
+        parts = deal(filled, asked, shares, options['seed'])
+        for (user, split), part in parts.items():
+            if part[:, 1].sum() < LEAD + 2:
+                raise ValueError(f'user {user} ({names[user]}) would have an empty {split} stream: there are too few documents '
+                                 f'({supply})')
+        meta = write(folder, names, parts, asked, spool, enc, meta)
     paper = 'users' in chosen and options['alpha'] is None
-    report(meta, asked, chosen['tokens'] if paper else None)
+    report(meta, asked, chosen['tokens'] if paper else None, supply)
     print(f'wrote {folder}')
     return meta
 

@@ -1,6 +1,7 @@
 """data/prepare.py: what is written is what was read, once. Offline; the Hub is a fake with the library's own streams."""
 import csv
 import gzip
+import io
 import itertools
 import json
 import os
@@ -130,10 +131,10 @@ def test_gpt2_stream_is_the_joined_text(separator, monkeypatch):
     enc = encoding('gpt2')
     texts = ["'s odd", 'Rojo Tracks', 'two\n\nlines', '...', '2 numbers 3', 'naïve 日本語', '<|endoftext|>', "don't", 'é']
     asked, shares = {split: [1000] for split in SPLITS}, {split: np.ones((1, 1)) for split in SPLITS}
-    pools = prepare.fill([('x', zip(itertools.repeat(0), texts), (0,))], ['x'], asked, shares, enc, separator, None)
-    streams = prepare.streams_of(prepare.deal(pools, asked, shares, 0), ['x'], asked, enc, separator)
-    kept = []
-    for tokens, _ in streams.values():
+    spool, kept = io.BytesIO(), []
+    pools = prepare.fill([('x', zip(itertools.repeat(0), texts), (0,))], ['x'], asked, shares, enc, separator, None, spool)
+    for part in prepare.deal(pools, asked, shares, 0).values():
+        tokens = np.concatenate(list(prepare.documents_in(spool, part, enc, separator)))
         joined = enc.decode(tokens.tolist())
         assert tokens.tolist() == enc.encode_ordinary(joined) and not joined.startswith(separator)
         kept.append(joined)
@@ -194,8 +195,8 @@ def test_shuffling_and_dealing_follow_the_seed():
     assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == list(range(100)) != orders[0]
     assert all(row - place <= 10 for place, row in enumerate(orders[0]))  # no more than the buffer is read ahead
     asked, shares = {split: [10] for split in SPLITS}, {split: np.ones((1, 1)) for split in SPLITS}
-    pools = [[np.full(5, i) for i in range(20)]]
-    dealt = [np.concatenate(prepare.deal(pools, asked, shares, seed)[0, 'train']).tolist() for seed in (1, 1, 2)]
+    pools = [np.array([(10 * i, 5) for i in range(20)])]  # documents of 5 tokens
+    dealt = [prepare.deal(pools, asked, shares, seed)[0, 'train'].tolist() for seed in (1, 1, 2)]
     assert dealt[0] == dealt[1] != dealt[2]
 
 
@@ -504,7 +505,7 @@ def test_force_spares_other_folders(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, OSError])
-@pytest.mark.parametrize('where', ['write_bytes', 'write_text'])
+@pytest.mark.parametrize('where', ['open', 'write_text'])
 def test_interruption(where, error, tmp_path, monkeypatch):
     """Stopped in the middle of writing: nothing that looks finished, the old set intact, the next run succeeds."""
     common = ['agnews', '--source', source_of('agnews', tmp_path / 'in'), '--out_root', tmp_path, *SMALL]
@@ -513,7 +514,7 @@ def test_interruption(where, error, tmp_path, monkeypatch):
 
     def failing(self, *arguments, **options):
         calls.append(self)
-        if len(calls) == (5 if where == 'write_bytes' else 1):
+        if len(calls) == (5 if where == 'open' else 1):
             raise error('stopped')
         return original(self, *arguments, **options)
 
