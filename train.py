@@ -128,6 +128,7 @@ if '--list_methods' in sys.argv:
     sys.exit()
 rows = {name: dict(zip(COLUMNS, row)) | (more[0] if more else {}) for name, (row, _, _, *more) in METHODS.items()}
 config = configure(globals(), sys.argv[1:], rows, per_user=('n_experts', 'lora_rank'))
+began_script = time.time()
 if method == 'pretrained':
     rounds = config['rounds'] = 0   # the base as it is, whatever a config file says
 
@@ -598,7 +599,8 @@ identity = {**{k: v for k, v in config.items() if k not in free}, 'base': finger
             'public': None if public is None else hashlib.sha256(public.cpu().numpy().tobytes()).hexdigest()}
 identity = json.loads(json.dumps(identity))                  # as a file gives it back: tuples are lists
 start, kept_in, pending, results = 0, out / 'checkpoint', [], {}
-clock = {'seconds': 0.0, 'training': 0.0, 'bytes_up': 0, 'bytes_down': 0, 'steps': 0, 'stacks': 0}
+clock = {'seconds': 0.0, 'training': 0.0, 'bytes_up': 0, 'bytes_down': 0, 'steps': 0, 'stacks': 0,
+         'checkpoints': 0.0}
 if processes > 1:                                            # who dies closes its connections, and the others notice at once
     dist.init_process_group('gloo', timeout=datetime.timedelta(days=7))
 if resume:
@@ -647,7 +649,8 @@ if process == 0:
           + f', {sum(p.numel() for p in base.parameters()):,} frozen parameters, '
           f'{wake(0).trainable if rounds else 0:,} trainable (user 0), {federate.n_bytes(first):,} bytes of LoRA up '
           f'per user and round, {device} {dtype}' + f', {processes} processes' * (processes > 1))
-began, t = time.time() - clock['seconds'], start - 1
+began_round_1 = time.time()
+began, t = began_round_1 - clock['seconds'], start - 1
 bar = tqdm(total=rounds * n_present * local_steps, initial=start * n_present * local_steps, unit='step', smoothing=0.05,
            disable=None if process == 0 else True)
 for t in range(start, rounds):
@@ -694,14 +697,16 @@ for t in range(start, rounds):
             bytes_down=user.bytes_down)
         user.bytes_up = user.bytes_down = 0
     publish()
-    clock['seconds'] = time.time() - began
+    clock['seconds'], tic = time.time() - began, time.time()
     save_round(present)
+    clock['checkpoints'] += time.time() - tic
     if process == 0 and (last or (t + 1) % eval_every == 0):
         ppl = of_all('local')
         tqdm.write(f'round {t + 1:3}/{rounds}  test perplexity ' + (
             '  '.join(f'{name} {cell(p)}' for name, p in zip(names, ppl)) if len(ppl) == len(names) <= 8
             else f'{cell(mean(ppl))} (mean of {sum(p is not None for p in ppl)} users)'))
 bar.close()
+seconds_of_rounds = time.time() - began_round_1
 
 # ---- the end: what came out ----------------------------------------------------------------------------------------
 awake(([0] if pooled else tested)[process::processes])
@@ -753,7 +758,8 @@ summary = {
     'trainable_params': [own['n'].item() if rounds else 0 for own in trainable.values()],
     'shared_params': sum(v.numel() for v in first.values()) if rounds else 0,
     'bytes_up': clock['bytes_up'], 'bytes_down': clock['bytes_down'],
-    'seconds': time.time() - began,
+    'seconds': time.time() - began, 'startup_seconds': began_round_1 - began_script,      # from here, after the imports
+    'seconds_per_round': seconds_of_rounds / max(1, rounds - start), 'checkpoint_seconds': clock['checkpoints'] / max(1, rounds),
     'tokens_per_second': clock['steps'] * batch_size * (len(names) if pooled else 1) * block_size / clock['training']
     if rounds else None,
     'peak_rss_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)}
