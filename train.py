@@ -759,7 +759,8 @@ summary = {
     'shared_params': sum(v.numel() for v in first.values()) if rounds else 0,
     'bytes_up': clock['bytes_up'], 'bytes_down': clock['bytes_down'],
     'seconds': time.time() - began, 'startup_seconds': began_round_1 - began_script,      # from here, after the imports
-    'seconds_per_round': seconds_of_rounds / max(1, rounds - start), 'checkpoint_seconds': clock['checkpoints'] / max(1, rounds),
+    'seconds_per_round': seconds_of_rounds / max(1, rounds - start),
+    'checkpoint_seconds': clock['checkpoints'] / max(1, rounds),                           # of a round
     'tokens_per_second': clock['steps'] * batch_size * (len(names) if pooled else 1) * block_size / clock['training']
     if rounds else None,
     'peak_rss_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)}
