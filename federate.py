@@ -62,7 +62,7 @@ def weighted_sum(updates: list[Tensors], weights: list[float]) -> Tensors:
 
 def order_free_sum(t: torch.Tensor) -> torch.Tensor:
     """Σ_k t_k (N, ...) float64 -> (...), the same bits in whatever order the users come: terms are rounded to multiples of
-    2^-52 of N times the largest, whose sums are exact. The error of a mean is below N 2^-53 of the largest term. (Adding
+    2^-52 of N times the largest, whose sums are exact. The error of a mean is below N 2^-52 of the largest term. (Adding
     sorted values is as order-free and takes three times as long.)"""
     most = torch.maximum(t.amax(0), -t.amin(0)) * len(t)                                        # (...)
     scale = torch.ldexp(torch.ones_like(most), 52 - torch.frexp(most).exponent)                 # powers of two

@@ -1,4 +1,6 @@
 """Every aggregation rule against its formula, recomputed plainly in numpy, and the privacy boundary."""
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from federate import (
     median,
     n_bytes,
     of_rank,
+    order_free_sum,
     prediction_scores,
     prediction_trust,
     shared_names,
@@ -134,6 +137,19 @@ def test_one_hostile_user_of_four_moves_the_mean_but_not_the_robust_rules(factor
         bent = RULES[rule](hostile)['a']
         assert (bent >= low - 1e-6).all() and (bent <= high + 1e-6).all()
     assert not ((fedavg(hostile)['a'] >= low) & (fedavg(hostile)['a'] <= high)).all()
+
+
+@pytest.mark.parametrize('scale', [1e-30, 1.0, 1e30])
+def test_order_free_sum_is_the_sum(scale):
+    """Against math.fsum, over terms of very different size, of which some cancel; zero stays zero."""
+    g = torch.Generator().manual_seed(0)
+    t = scale * torch.randn(50, 200, generator=g).double() * 10 ** torch.randint(-6, 6, (50, 200), generator=g).double()
+    t[1::2, :20], t[:, 20] = -t[::2, :20], 0
+    exact = torch.tensor([math.fsum(column) for column in t.T.tolist()], dtype=torch.float64)
+    assert ((order_free_sum(t) - exact).abs() <= 50 ** 2 * 2 ** -52 * t.abs().amax(0)).all()
+    assert not order_free_sum(t)[:21].any() and torch.equal(order_free_sum(t[:1]).float(), t[0].float())
+    for seed in range(20):
+        assert torch.equal(order_free_sum(t[torch.randperm(50, generator=g)]), order_free_sum(t)), seed
 
 
 def test_no_rule_writes_to_what_it_is_given():
