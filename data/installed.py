@@ -21,6 +21,7 @@ CAP, BASE_CAP = 8_000, 20_000              # characters of one document: no sing
 LIMIT, BASE_LIMIT = 1_000_000, 12_000_000  # characters of one user, of one kind of code in the base's corpus
 MIN_BLOCK = 40             # characters; shorter blocks ('else:', '}') may repeat
 MIN_LINE = 30
+WASTE = 1.5                # characters to have per character asked: what fills a split is cut, and its rest dropped
 
 
 def demo_documents() -> dict[str, list[str]]:
@@ -29,9 +30,31 @@ def demo_documents() -> dict[str, list[str]]:
     A block (text between blank lines) of MIN_BLOCK characters or more is kept only where it occurs first, over all four
     users together. So neither two users nor two splits of one user (which are made by document) share a licence header, a
     copied function or a repeated paragraph."""
-    kinds = {'python': python_sources(), 'cpp': cpp_headers(), 'prose': reference_prose(), 'readme': package_readmes()}
     seen = set()
-    return {name: collect(texts, seen, CAP, LIMIT) for name, texts in kinds.items()}
+    return {name: collect(texts, seen, CAP, LIMIT) for name, texts in demo_kinds().items()}
+
+
+def many_documents(chars: int, least: int, mixed: bool) -> dict[str, list[str]]:
+    """{kind: documents} for users who ask for more than demo_documents has: `chars` characters together.
+
+    The same kinds of text, all there is, every file in documents of up to `least` characters: as many as the smallest
+    split has, so that little is cut off. No block repeats, but two users may hold different parts of one file. For `mixed`
+    users a kind that is too small for an equal part is left out. Raises ValueError if less than two are large enough."""
+    seen, size = set(), min(CAP, max(100, least))
+    kinds = {name: [piece for text in texts for piece in cut_all('\n\n'.join(new_blocks(text, seen)), size)]
+             for name, texts in demo_kinds().items()}
+    held = {name: sum(map(len, texts)) for name, texts in kinds.items()}
+    there = ', '.join(f'{name} {n:,}' for name, n in held.items())
+    while mixed and min(held.values()) * len(held) < WASTE * chars:
+        held.pop(min(held, key=held.get))
+        if len(held) < 2:
+            raise ValueError(f'the users ask for {chars:,} characters, too much for two kinds of installed text or more '
+                             f'({there}): lower --users or the sizes of their splits')
+    return {name: kinds[name] for name in held}
+
+
+def demo_kinds() -> dict[str, Iterable[str]]:
+    return {'python': python_sources(), 'cpp': cpp_headers(), 'prose': reference_prose(), 'readme': package_readmes()}
 
 
 def base_documents(exclude: list[str]) -> dict[str, list[str]]:
@@ -84,6 +107,17 @@ def cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[:limit].rpartition('\n')[0]
 
 
+def cut_all(text: str, limit: int) -> list[str]:
+    """All of the text in pieces of whole lines, over half of `limit` to `limit` characters; longer lines are data, not text."""
+    pieces = ['']
+    for line in text.split('\n'):
+        if len(line) <= limit:
+            if len(pieces[-1]) + 1 + len(line) > limit:
+                pieces.append('')
+            pieces[-1] += '\n' * bool(pieces[-1]) + line
+    return [piece for piece in pieces if 2 * len(piece) > limit]
+
+
 def read(path: Path) -> str:
     try:
         return path.read_text(encoding='utf-8')
@@ -131,8 +165,17 @@ def docstring_prose(source: str) -> list[str]:
     except (SyntaxError, ValueError):
         return []
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    texts = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, owners))
+    texts = (ast.get_docstring(node) for node in statements(tree) if isinstance(node, owners))
     return [paragraph for text in texts if text for paragraph in prose(text)]
+
+
+def statements(tree: ast.Module) -> Iterable[ast.AST]:
+    """In the order of ast.walk, but not into expressions, which are most of a tree and have no docstrings."""
+    nodes = [tree]
+    for node in nodes:  # grows
+        nodes += [child for child in ast.iter_child_nodes(node)
+                  if isinstance(child, (ast.stmt, ast.excepthandler, ast.match_case))]
+    return nodes
 
 
 def prose(text: str) -> list[str]:

@@ -242,8 +242,11 @@ def open_local(options: dict) -> tuple:
 
 
 def open_demo(options: dict) -> tuple:
-    from data.installed import demo_documents
-    users = demo_documents()
+    from data.installed import demo_documents, many_documents
+    n_users = options['users'] or 4
+    asked = np.array([*sizes(options, n_users).values()]) * (1 if options['tokenizer'] == 'bytes' else 4)  # characters, about
+    few = n_users <= MANY and asked.sum() < 4_000_000
+    users = demo_documents() if few else many_documents(int(asked.sum()), int(asked.min()), options['alpha'] is not None)
     streams = [(name, zip(itertools.repeat(i), texts), (i,)) for i, (name, texts) in enumerate(users.items())]
     return list(users), streams, ['text installed with Python and its packages']
 
@@ -311,19 +314,31 @@ def wanted(asked: dict, shares: dict, category: int, total: float = np.inf) -> l
     return wants
 
 
+def without_crumbs(asked: dict, shares: dict, n_documents: list[int]) -> dict[str, np.ndarray]:
+    """Shares of which every one can have a document. Where some category has fewer documents than are wanted of it (many
+    users, small splits), the smallest parts of a user's text, under 2 % if that is enough or up to 40 %, go to its others."""
+    for least in (0, 0.02, 0.05, 0.1, 0.2, 0.4):
+        larger = {split: np.where(share < np.minimum(least, share.max(1, keepdims=True)), 0, share)
+                  for split, share in shares.items()}
+        larger = {split: share / share.sum(1, keepdims=True) for split, share in larger.items()} if least else shares
+        if all(n >= len(wanted(asked, larger, category)) for category, n in enumerate(n_documents)):
+            break
+    return larger
+
+
 # ---- tokens ---------------------------------------------------------------------------------------------------------
 
-def encode(enc, texts: list[str]) -> list[np.ndarray]:
-    """Tokens of every text, over all cores: tiktoken works outside Python's lock, and returns an array without a list."""
+def encode(enc, text: str) -> np.ndarray:
     if enc.name == 'bytes':
-        return [np.frombuffer(text.encode(), np.uint8).astype('<u2') for text in texts]
-    dtype, n = '<u4' if enc.n_vocab > 2**16 else '<u2', min(8, os.cpu_count())
+        return np.frombuffer(text.encode(), np.uint8).astype('<u2')
+    return enc.encode_to_numpy(text, disallowed_special=()).astype('<u4' if enc.n_vocab > 2**16 else '<u2')
 
-    def several(some):
-        return [enc.encode_to_numpy(text, disallowed_special=()).astype(dtype) for text in some]
-    tokens = [None] * len(texts)
+
+def encode_all(enc, texts: list[str]) -> list[np.ndarray]:
+    """Over all cores: tiktoken works outside Python's lock. Every n-th text is one task: short ones are not worth their own."""
+    n, tokens = min(8, os.cpu_count()), [None] * len(texts)
     with ThreadPoolExecutor(n) as threads:
-        for i, some in enumerate(threads.map(several, (texts[i::n] for i in range(n)))):
+        for i, some in enumerate(threads.map(lambda i: [encode(enc, text) for text in texts[i::n]], range(n))):
             tokens[i::n] = some
     return tokens
 
@@ -344,7 +359,7 @@ def fill(streams: list, names: list[str], asked: dict, shares: dict, enc, separa
         return tokens[category] >= need[category] + len(wants[category]) * longest[category]
 
     def flush(batch):
-        for (category, _), ids in zip(batch, encode(enc, [text for _, text in batch])):
+        for (category, _), ids in zip(batch, encode_all(enc, [text for _, text in batch])):
             pools[category].extend((spool.tell(), len(ids)))
             spool.write(ids)
             tokens[category] += len(ids)
@@ -386,12 +401,10 @@ def deal(pools: list, asked: dict, shares: dict, seed: int) -> dict[tuple[int, s
 
     So if there is less text than asked, all splits shrink alike. Only the document that fills a split is cut, to its size.
     Returns per (user, split) its documents as in `pools`, (documents, 2)."""
-    rng = np.random.default_rng((seed, 2))
+    rng, shares = np.random.default_rng((seed, 2)), without_crumbs(asked, shares, list(map(len, pools)))
     parts = {(user, split): array('q') for split in SPLITS for user in range(len(asked[split]))}
     for category, pool in enumerate(pools):
         wants = wanted(asked, shares, category, pool[:, 1].sum())
-        if len(wants) > len(pool):  # many users: the smallest wants go without, so that no split does
-            wants = sorted(wants, key=lambda want: -want[2])[:len(pool)]
         got = [0] * len(wants)
         waiting = [(0, k) for k in range(len(wants))]  # a heap of (tokens got / wanted, whose)
         for i in rng.permutation(len(pool)) if wants else ():
@@ -413,12 +426,12 @@ def deal(pools: list, asked: dict, shares: dict, seed: int) -> dict[tuple[int, s
 
 def documents_in(spool: BinaryIO, part: np.ndarray, enc, separator: str) -> Iterator[np.ndarray]:
     """Tokens of every document of a split, (documents, 2) as of deal; the first one without its separator."""
-    dtype = encode(enc, [''])[0].dtype
+    dtype = encode(enc, '').dtype
     for i, (place, n) in enumerate(part):
         spool.seek(place)
         ids = np.frombuffer(spool.read(n * dtype.itemsize), dtype)
         if i == 0:  # 'ignore': a lone document may have been cut within a character
-            ids = encode(enc, [enc.decode_bytes(ids.tolist()).decode('utf-8', 'ignore')[len(separator):]])[0]
+            ids = encode(enc, enc.decode_bytes(ids.tolist()).decode('utf-8', 'ignore')[len(separator):])
         yield ids
 
 

@@ -5,8 +5,10 @@ import io
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from types import ModuleType
 
@@ -62,6 +64,13 @@ def source_of(name, folder, suffix='.jsonl.gz'):
     for stem, rows in ROWS[name].items():
         save(folder / f'{stem}{suffix}', rows)
     return folder
+
+
+def find_vocabulary(monkeypatch):
+    cache = SHARED / 'tiktoken_cache'
+    if not os.environ.get('TIKTOKEN_CACHE_DIR') and not cache.exists():
+        pytest.skip("GPT-2's vocabulary is not at hand (TIKTOKEN_CACHE_DIR)")
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', os.environ.get('TIKTOKEN_CACHE_DIR') or str(cache))
 
 
 def run(*argv):
@@ -124,10 +133,7 @@ def test_meta_names_no_place(tmp_path):
 @pytest.mark.parametrize('separator', [' ', '\n\n'])
 def test_gpt2_stream_is_the_joined_text(separator, monkeypatch):
     """Documents are tokenised one by one, yet the stream is exactly encode_ordinary(separator.join(documents))."""
-    cache = SHARED / 'tiktoken_cache'
-    if not os.environ.get('TIKTOKEN_CACHE_DIR') and not cache.exists():
-        pytest.skip("GPT-2's vocabulary is not at hand (TIKTOKEN_CACHE_DIR)")
-    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', os.environ.get('TIKTOKEN_CACHE_DIR') or str(cache))
+    find_vocabulary(monkeypatch)
     enc = encoding('gpt2')
     texts = ["'s odd", 'Rojo Tracks', 'two\n\nlines', '...', '2 numbers 3', 'naïve 日本語', '<|endoftext|>', "don't", 'é']
     asked, shares = {split: [1000] for split in SPLITS}, {split: np.ones((1, 1)) for split in SPLITS}
@@ -140,6 +146,19 @@ def test_gpt2_stream_is_the_joined_text(separator, monkeypatch):
         kept.append(joined)
     assert sorted(map(len, kept)) and sum(map(len, kept)) == len(separator.join(texts)) - 2 * len(separator)
     assert all(any(text in part for part in kept) for text in texts)
+
+
+@pytest.mark.parametrize('name', ['bytes', 'gpt2'])
+def test_tokens_of_many_texts_are_those_of_each(name, monkeypatch):
+    """encode_all against tiktoken's plain encode_ordinary, in order, for more texts than tasks and for fewer."""
+    if name == 'gpt2':
+        find_vocabulary(monkeypatch)
+    enc = encoding(name)
+    texts = ['', 'é', '<|endoftext|>', ' a\r\n\tb', '日本', '\0', *documents('x', 37), 'long ' * 5000]
+    for some in ([], texts[1:2], texts):
+        tokens = prepare.encode_all(enc, some)
+        assert [ids.tolist() for ids in tokens] == [enc.encode_ordinary(text) for text in some]
+        assert all(ids.dtype == np.dtype('<u2') for ids in tokens)
 
 
 def test_sizes_per_user(tmp_path, capsys):
@@ -259,6 +278,62 @@ def test_dirichlet_extremes_end(alpha, tmp_path):
     assert_disjoint(read(tmp_path / 'multilingual')[1])
 
 
+def test_three_hundred_users(tmp_path, capsys):
+    """Every user its own documents, its shares met, a name and the tokens asked; the report is a summary."""
+    rows = [{'text': text, 'label': i % 4} for i, text in enumerate(documents('news', 12_000))]
+    (tmp_path / 'in').mkdir()
+    save(tmp_path / 'in' / 'train.jsonl', rows)
+    size = ['--train_tokens=400', '--valid_tokens=100', '--test_tokens=100', '--tokenizer=bytes', '--users=300', '--alpha=0.3']
+    assert run('agnews', '--source', tmp_path / 'in', '--out_root', tmp_path, *size) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 10 and 'fewer' not in out
+    assert re.search(r'median of 300 users( +\d+){3} +400 +100 +100\n', out)
+    meta, found = read(tmp_path / 'agnews')
+    assert_disjoint(found)
+    shares = prepare.make_shares({'seed': 42, 'alpha': 0.3, 'set': 'agnews'}, 300, 4, 4)['train']
+    label = {f'<news.{i}>': i % 4 for i in range(len(rows))}
+    errors = []  # tokens
+    for (i, split), texts in found.items():
+        size = 400 if split == 'train' else 100
+        held = np.bincount([label[text[:text.index('>') + 1]] for text in texts if '>' in text],
+                           [len(text.encode()) + 1 for text in texts if '>' in text], 4)
+        errors.append(np.abs(held / size - shares[i]).max() * size)
+        assert meta['users'][i]['tokens'][split] == size
+        assert f'{shares[i].max():.0%} {prepare.SETS["agnews"]["users"][shares[i].argmax()]}' in meta['users'][i]['name']
+    assert np.mean(errors) < 28 and max(errors) < 56  # a document has 28 tokens, and the last one is cut
+
+
+def test_no_crumbs_where_documents_are_few():
+    """As many documents as pieces: the shares stay. Fewer: the smallest parts go to a user's others, and no split is empty."""
+    asked, own = {split: [100, 100] for split in SPLITS}, np.array([[0.5, 0.49, 0.01], [0.04, 0.06, 0.9]])
+    shares = dict.fromkeys(SPLITS, own)
+    assert prepare.without_crumbs(asked, shares, [6, 6, 6]) is shares
+    for n, expected in (([6, 6, 5], [[50 / 99, 49 / 99, 0], own[1]]), ([5, 6, 6], [[50 / 99, 49 / 99, 0], [0, 6 / 96, 90 / 96]]),
+                        ([6, 3, 6], [[50 / 99, 49 / 99, 0], [0, 0, 1]]), ([0, 0, 0], [[50 / 99, 49 / 99, 0], [0, 0, 1]])):
+        for split in SPLITS:
+            np.testing.assert_allclose(prepare.without_crumbs(asked, shares, n)[split], expected)
+    pools = [np.array([(i, 300)] * n) for i, n in enumerate((3, 3, 3))]  # 9 documents for 6 splits of 2 users
+    parts = prepare.deal(pools, asked, shares, 0)
+    assert {key: part[:, 1].sum() > 40 for key, part in parts.items()} == dict.fromkeys(parts, True)
+
+
+def test_memory_does_not_grow_with_the_source(tmp_path):
+    """Four times the text, cut nowhere: the tokens wait in a file, of which nothing is left; memory is a batch of text."""
+    def peak(n):
+        (tmp_path / str(n)).mkdir()
+        with open(tmp_path / str(n) / 'a.txt', 'w', encoding='utf-8') as file:
+            file.writelines(f'<{i}> {"some words " * 400}\n\n' for i in range(n))
+        tracemalloc.start()
+        assert run('local', '--source', tmp_path / str(n), '--out_root', tmp_path, f'--name=out{n}', '--tokenizer=bytes') == 0
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+    small, large = peak(1000), peak(4000)  # 4.4 and 17.6 MB, twice as much as tokens
+    assert 2_000_000 < small and large < small + 3000 * 300
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['1000', '4000', 'out1000', 'out4000']
+    assert sum(sum(user['tokens'].values()) for user in read(tmp_path / 'out4000')[0]['users']) > 4000 * 4400
+
+
 # ---- local, demo, base ----------------------------------------------------------------------------------------------
 
 def test_local(tmp_path):
@@ -301,6 +376,7 @@ def test_demo_and_base(tmp_path, monkeypatch):
     users = {name: documents(name) for name in ('one', 'two')}
     installed = ModuleType('data.installed')
     installed.demo_documents = lambda: users
+    installed.many_documents = lambda chars, least, mixed: {'three': documents(f'three-{chars}-{least}-{mixed}', 4000)}
     installed.base_documents = lambda exclude: {'code': documents('code', 300)} if exclude == sum(users.values(), []) else {}
     monkeypatch.setitem(sys.modules, 'data.installed', installed)
     monkeypatch.setitem(prepare.SETS['demo'], 'tokens', {'train': (500, 700), 'valid': (200,), 'test': (300,)})
@@ -308,6 +384,9 @@ def test_demo_and_base(tmp_path, monkeypatch):
     meta, found = read(tmp_path / 'demo')
     assert [list(user['tokens'].values()) for user in meta['users']] == [[500, 200, 300], [700, 200, 300]]
     assert all(text[1:4] == ('one', 'two')[i] for (i, _), texts in found.items() for text in texts if len(text) > 4)
+    assert run('demo', '--out_root', tmp_path, '--name=many', '--users=40', '--alpha=1') == 0
+    meta, found = read(tmp_path / 'many')
+    assert len(meta['users']) == 40 and found[39, 'test'][0].startswith(f'<three-{20 * 1200 + 20 * 1000}-200-True.')
     save(tmp_path / 'wiki.jsonl.gz', [{'text': text} for text in documents('wiki', 500)])
     assert run('base', '--source', tmp_path / 'wiki.jsonl.gz', '--out_root', tmp_path) == 0
     meta, found = read(tmp_path / 'base')
