@@ -9,7 +9,7 @@ multilingual  Wikipedia in one language per user: de, nl, fr, it
 slimpajama    one source per user: StackExchange, Github, ArXiv, Book
 local         one user per file (.txt, .jsonl, .jsonl.gz, .csv, .parquet with a column 'text') or sub-folder of --source. Each
               .txt in a sub-folder of ten or more is one document; other .txt files are cut into paragraphs at blank lines
-demo          four users out of text that is installed with Python and its packages: no download
+demo          four users, or thousands with --alpha, out of text that is installed with Python and its packages: no download
 base          what pretrain.py trains on: English Wikipedia and the installed text that demo does not use"""
 import argparse
 import ast
@@ -36,7 +36,6 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.stream import SPLITS, encoding
 
-DEMO_TOKENS = {'train': (40_000, 60_000, 80_000, 60_000), 'valid': 24_000, 'test': 40_000}
 BASE_TOKENS = 80_000_000     # English Wikipedia to take from the Hub for base; everything when it comes from --source
 BATCH_CHARS = 1_000_000      # text that is tokenised at once
 LEAD = 2                     # tokens of a separator, at most; a stream's first document loses its own
@@ -64,7 +63,7 @@ SETS = {
     'local': dict(separator='\n\n', tokenizer='gpt2', max_chars=None, buffer=10_000,
                   tokens={'train': (0.8,), 'valid': (0.1,), 'test': (0.1,)}),
     'demo': dict(separator='\n\n', tokenizer='bytes', max_chars=None,
-                 tokens={split: np.atleast_1d(n).tolist() for split, n in DEMO_TOKENS.items()}),
+                 tokens={'train': (40_000, 60_000, 80_000, 60_000), 'valid': (24_000,), 'test': (40_000,)}),
     'base': dict(separator='\n\n', tokenizer='bytes', max_chars=None, buffer=10_000,
                  hub={'wikipedia': (WIKIPEDIA, '20231101.en')},
                  tokens={'train': (0.98,), 'valid': (0.01,), 'test': (0.01,)}),
@@ -301,7 +300,10 @@ def make_shares(options: dict, n_users: int, n_categories: int, n_pools: int) ->
 
 
 def wanted(asked: dict, shares: dict, category: int, total: float = np.inf) -> list[tuple]:
-    """Who wants text of a category: (user, split, tokens to reach, tokens to cut to), the small splits first."""
+    """Who wants text of a category: (user, split, tokens to reach, tokens to cut to), the small splits first.
+
+    A user's n tokens of a split are cut at n x the cumulated shares, rounded, so that its categories add up to n. A fraction
+    is taken of the category's `total` tokens, and nothing is cut."""
     wants = []
     for split in ('test', 'valid', 'train'):
         ends = np.cumsum(shares[split], axis=1)
@@ -546,7 +548,8 @@ def prepare(options: dict) -> dict:
     meta['options'] = options | {key: options[key] and Path(options[key]).name for key in ('source', 'out_root')}
     with tempfile.TemporaryFile(dir=next(parent for parent in folder.absolute().parents if parent.exists())) as spool:
         filled = fill(streams, pools, asked, shares, enc, chosen['separator'], options['max_chars'], spool)
-        supply = ', '.join(f'{name}: {pool[:, 1].sum():,} tokens in {len(pool):,} documents' for name, pool in zip(pools, filled))
+        supply = ', '.join(f'{name}: {pool[:, 1].sum():,} tokens in {len(pool):,} documents'
+                           for name, pool in zip(pools, filled))
         parts = deal(filled, asked, shares, options['seed'])
         for (user, split), part in parts.items():
             if part[:, 1].sum() < LEAD + 2:

@@ -308,8 +308,9 @@ def test_no_crumbs_where_documents_are_few():
     asked, own = {split: [100, 100] for split in SPLITS}, np.array([[0.5, 0.49, 0.01], [0.04, 0.06, 0.9]])
     shares = dict.fromkeys(SPLITS, own)
     assert prepare.without_crumbs(asked, shares, [6, 6, 6]) is shares
-    for n, expected in (([6, 6, 5], [[50 / 99, 49 / 99, 0], own[1]]), ([5, 6, 6], [[50 / 99, 49 / 99, 0], [0, 6 / 96, 90 / 96]]),
-                        ([6, 3, 6], [[50 / 99, 49 / 99, 0], [0, 0, 1]]), ([0, 0, 0], [[50 / 99, 49 / 99, 0], [0, 0, 1]])):
+    first = [50 / 99, 49 / 99, 0]
+    for n, expected in (([6, 6, 5], [first, own[1]]), ([5, 6, 6], [first, [0, 6 / 96, 90 / 96]]),
+                        ([6, 3, 6], [first, [0, 0, 1]]), ([0, 0, 0], [first, [0, 0, 1]])):
         for split in SPLITS:
             np.testing.assert_allclose(prepare.without_crumbs(asked, shares, n)[split], expected)
     pools = [np.array([(i, 300)] * n) for i, n in enumerate((3, 3, 3))]  # 9 documents for 6 splits of 2 users
@@ -372,7 +373,7 @@ def test_local_sizes_users_and_mixing(tmp_path):
 
 
 def test_demo_and_base(tmp_path, monkeypatch):
-    """demo: the installed users, sizes of DEMO_TOKENS. base: Wikipedia and the installed text that demo leaves."""
+    """demo: the installed users, its sizes, more users. base: Wikipedia and the installed text that demo leaves."""
     users = {name: documents(name) for name in ('one', 'two')}
     installed = ModuleType('data.installed')
     installed.demo_documents = lambda: users
