@@ -3,9 +3,12 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
-from model import GPT, GPTConfig, load_gpt, save_gpt
+from model import GPT, CrossEntropy, GPTConfig, fast_fp32, load_gpt, save_gpt
 
 
 @pytest.fixture(scope='module')
@@ -100,6 +103,97 @@ def test_generate():
 def test_a_sequence_longer_than_the_positions_is_refused():
     with pytest.raises(ValueError, match='17 tokens.*16 positions'):
         GPT(GPTConfig(50, 16, 1, 2, 8))(torch.zeros(1, 17, dtype=torch.long))
+
+
+# ---- the fast paths against the plain formula ------------------------------------------------------------------------
+@pytest.mark.parametrize('N, V', [(7, 11), (300, 65_536), (513, 40_000)])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_cross_entropy_in_chunks(N, V, dtype):
+    """Value and gradient, scaled by what comes in, of F.cross_entropy on the same logits; chunks of 256, or of 257 and the
+    rest. The logits reach beyond exp's range."""
+    torch.manual_seed(0)
+    x, W, y = torch.randn(N, 4), 20 * torch.randn(V, 4), torch.randint(V, (N,))
+    a, b = x.clone().requires_grad_(), x.to(dtype).float().requires_grad_()
+    with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = CrossEntropy.apply(a, W, y)
+        (3 * loss).backward()
+        with torch.no_grad():
+            assert torch.equal(loss, CrossEntropy.apply(x, W, y))
+        plain = F.cross_entropy(F.linear(b, W).float(), y)
+        (3 * plain).backward()
+    assert loss.dtype == a.grad.dtype == torch.float32
+    assert relative_error(loss.detach(), plain.detach()) < 1e-5
+    assert relative_error(a.grad, b.grad) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest floating tensor that any operation made, in numbers."""
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor) and t.is_floating_point():
+                self.numbers = max(self.numbers, t.numel())
+        return out
+
+
+def test_a_frozen_head_never_makes_all_logits():
+    gpt = GPT(GPTConfig(60_000, 128, 1, 1, 4)).requires_grad_(False)
+    gpt.h[0].mlp.c_fc.weight.requires_grad_()
+    idx = torch.randint(60_000, (8, 128))
+    with Largest() as seen:
+        gpt.loss(idx, idx)[0].backward()
+    assert seen.numbers <= 2 ** 24 < idx.numel() * 60_000
+
+
+def test_a_trained_head_gets_its_gradient():
+    """pretrain.py: weights that are trained take the plain path."""
+    gpt = GPT(GPTConfig(50, 16, 1, 2, 8))
+    idx = torch.randint(50, (3, 16))
+    (grad,) = torch.autograd.grad(gpt.loss(idx, idx)[0], gpt.wte.weight)
+    (plain,) = torch.autograd.grad(F.cross_entropy(gpt(idx)[0].flatten(0, 1), idx.flatten()), gpt.wte.weight)
+    assert relative_error(grad, plain) < 1e-6
+
+
+def test_attention_on_a_cpu_equals_sdpa():
+    """Explicit up to 128 tokens with gradients, SDPA above and without: the same output and gradients."""
+    torch.manual_seed(0)
+    attention, x = GPT(GPTConfig(50, 256, 1, 2, 8)).h[0].attn, torch.randn(2, 129, 8)
+    for T in (1, 128):
+        a, b = x[:, :T].clone().requires_grad_(), x.clone().requires_grad_()
+        explicit, sdpa = attention(a), attention(b)[:, :T]              # causal: what follows does not matter
+        assert torch.allclose(explicit, sdpa, atol=1e-6)
+        explicit.square().sum().backward(), sdpa.square().sum().backward()
+        assert torch.allclose(a.grad, b.grad[:, :T], atol=1e-6)
+
+
+@pytest.fixture
+def setting():
+    """The float32 setting, as it was afterwards."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    yield matmul
+    matmul.fp32_precision = before
+
+
+def test_fast_fp32_stays_float32(setting):
+    before = setting.fp32_precision
+    assert not fast_fp32('cuda') and setting.fp32_precision == before
+    if fast_fp32('cpu'):
+        a, b = torch.randn(256, 768), torch.randn(768, 256)
+        assert relative_error((a @ b).double(), a.double() @ b.double()) < 1e-6
+
+
+def test_fast_fp32_is_taken_back_where_products_become_bf16(setting, monkeypatch):
+    """As on a CPU that computes in bfloat16 as soon as it may."""
+    before, real = setting.fp32_precision, torch.Tensor.__matmul__
+
+    def product(a, b):
+        allowed = a.dtype == torch.float32 and setting.fp32_precision == 'bf16'
+        return real(a.bfloat16(), b.bfloat16()).float() if allowed else real(a, b)
+    monkeypatch.setattr(torch.Tensor, '__matmul__', product)
+    assert not fast_fp32('cpu') and setting.fp32_precision == before
 
 
 def hub_like(folder, **changes):
