@@ -13,7 +13,8 @@
      y (N, C) ◄──── P, b_P  frozen ◄──── Σ a_j ───── + ── Σ d_j              once per token, for all experts
 
 This equals Σ_j w_j MLP_j(x), where expert j is the whole MLP with its own LoRA on both linears, because F x is common to
-all experts and P is linear (METHOD 1.1; tests/test_lora_moe.py compares output and gradients with the plain sum).
+all experts and P is linear (METHOD 1.1; tests/test_lora_moe.py compares output and gradients with the plain sum, and
+bench.py times it against that sum).
 
 Shapes: N = B*T tokens, C = n_embd, E experts, K = min(top_k, E) active experts, r LoRA rank, L layers.
 The names of the tensors tell their roles, and with them what may leave a device:
@@ -26,13 +27,14 @@ The names of the tensors tell their roles, and with them what may leave a device
 import copy
 import hashlib
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import GPT, MLP
+from model import GPT, MLP, product_dtype
 
 
 class LoRA(nn.Module):
@@ -84,6 +86,67 @@ class Routing(NamedTuple):
     weights: torch.Tensor  # (N, K) their weights
 
 
+class Mixture(torch.autograd.Function):
+    """Σ_k w_k MLP_k(x) without b_P, in the notation of the picture above (F is F_ here), with its derivative written out,
+    because autograd would make more passes over (N, 4C): `da` serves the gradients of w_k and of h_k, one product for both.
+
+    The LoRAs of all E experts lie side by side, and `mine` blanks the columns that are not those of a token's k-th expert:
+    E r columns instead of r, but no token is moved, and nothing waits for the device to say how many chose whom."""
+
+    @staticmethod
+    def forward(ctx, x, w, chosen, r, F_, b_F, P, A1, B1, A2, B2) -> torch.Tensor:
+        """x (N, C), w (N, K), chosen (N, K) or None: slot k is expert k; r: LoRA rank; F_ (4C, C), b_F (4C,), P (C, 4C),
+        A1 (E r, C), B1 (4C, E r), A2 (E r, 4C), B2 (C, E r), all of one dtype -> (N, C)."""
+        h = torch.addmm(b_F, x, F_.t())                             # (N, 4C)
+        low1 = x @ A1.t()                                           # (N, E r)
+        low2, mixed, kept = torch.zeros_like(low1), None, []
+        for k, (columns, mine) in enumerate(slots(chosen, r, low1)):
+            w_k = w[:, k, None]                                     # (N, 1)
+            add = h.addmm_ if k == w.shape[1] - 1 else partial(torch.addmm, h)              # the last may have h's place
+            h_k = add(low1[:, columns] * mine, B1[:, columns].t())  # (N, 4C)
+            a = F.gelu(h_k, approximate='tanh')
+            low2[:, columns] += a @ A2[columns].t() * (mine * w_k)
+            mixed = a * w_k if k == 0 else mixed.addcmul_(a, w_k)
+            kept += [h_k, a]
+        ctx.r = r
+        ctx.save_for_backward(x, w, chosen, low1, low2, F_, P, A1, B1, A2, B2, *kept)
+        return (mixed @ P.t()).addmm_(low2, B2.t())
+
+    @staticmethod
+    def backward(ctx, dy: torch.Tensor) -> tuple:
+        x, w, chosen, low1, low2, F_, P, A1, B1, A2, B2, *kept = ctx.saved_tensors
+        need_x, *_, need_A1, need_B1, need_A2, need_B2 = ctx.needs_input_grad
+        dmixed, dlow2 = dy @ P, dy @ B2                             # (N, 4C), (N, E r)
+        dh, dw, dlow1 = None, torch.empty_like(w), torch.zeros_like(low1)
+        dB1, dA2 = torch.zeros_like(B1), torch.zeros_like(A2)
+        for k, (columns, mine) in enumerate(slots(chosen, ctx.r, low1)):
+            w_k, low, d = w[:, k, None], low1[:, columns] * mine, dlow2[:, columns] * mine
+            h_k, a = kept[2 * k:2 * k + 2]
+            add = dmixed.addmm_ if k == w.shape[1] - 1 else partial(torch.addmm, dmixed)
+            da = add(d, A2[columns])                                # (N, 4C) of w_k a, over w_k
+            if need_A2:
+                dA2[columns] += (d * w_k).t() @ a
+            dw[:, k] = (a * da).sum(1)
+            g = torch.ops.aten.gelu_backward(da, h_k, approximate='tanh')                   # of h_k, over w_k
+            if need_B1:
+                dB1[:, columns] += g.t() @ (low * w_k)
+            dlow1[:, columns] += g @ B1[:, columns] * (mine * w_k)
+            dh = g.mul_(w_k) if k == 0 else dh.addcmul_(g, w_k)
+        return (torch.addmm(dlow1 @ A1, dh, F_) if need_x else None, dw, None, None, None, None, None,
+                dlow1.t() @ x if need_A1 else None, dB1 if need_B1 else None, dA2 if need_A2 else None,
+                dy.t() @ low2 if need_B2 else None)
+
+
+def slots(chosen: torch.Tensor | None, r: int, low: torch.Tensor) -> list[tuple]:
+    """For every slot k: (the columns of low (N, E r) that its expert has, what to multiply them with).
+
+    Where slot k is expert k, its r columns; else all columns, and 1 on those of the expert that the token chose k-th."""
+    if chosen is None:
+        return [(slice(k, k + r), 1.0) for k in range(0, low.shape[1], r)]
+    owner = torch.arange(low.shape[1], device=low.device) // r                              # (E r,)
+    return [(slice(None), (chosen[:, k, None] == owner).to(low.dtype)) for k in range(chosen.shape[1])]
+
+
 class LoRAMoE(nn.Module):
     """An MLP block as a routed mixture of LoRA experts; generalists first, then specialists.
 
@@ -104,30 +167,25 @@ class LoRAMoE(nn.Module):
         """x (B, T, C), and the routing of the layer before -> (B, T, C), the routing of this layer."""
         experts = [*self.generalists, *self.specialists]
         routing = routing if self.router is None else self.route(x)
-        shape, x = x.shape, x.flatten(0, 1)                         # (B, T, C), (N, C)
-        h = self.c_fc(x)                                            # (N, 4C) the one frozen product of c_fc
-
-        if routing is None or self.top_k == len(experts):           # every token meets every expert
-            mixed, delta = 0, h.new_zeros(x.shape)
-            for j, expert in enumerate(experts):
-                w = 1 / len(experts) if routing is None else routing.probs[:, j, None].to(h.dtype)            # (N, 1)
-                a = F.gelu(expert.c_fc.add_to(h, x), approximate='tanh')                                      # (N, 4C)
-                mixed = mixed + w * a if routing is None or j == 0 else torch.addcmul(mixed, w, a)
-                delta = expert.c_proj.add_to(delta, a, w)                                                     # (N, C)
-        else:                                                       # an expert sees only the tokens that chose it
-            mixed, delta = torch.zeros_like(h), h.new_zeros(x.shape)
-            for j, expert in enumerate(experts):
-                token, slot = (routing.chosen == j).nonzero(as_tuple=True)                                    # (N_j,) each
-                w = routing.weights[token, slot, None].to(h.dtype)                                            # (N_j, 1)
-                a = F.gelu(expert.c_fc.add_to(h.index_select(0, token), x.index_select(0, token)), approximate='tanh')
-                mixed.index_add_(0, token, w * a)
-                delta.index_add_(0, token, expert.c_proj.add_to(delta.new_zeros(len(token), x.shape[1]), a, w))
-
-        if routing is not None and self.top_k == 1:                 # a lone top-1 weight is below 1: b_P is scaled too
-            y = F.linear(mixed, self.c_proj.weight) + routing.weights.to(h.dtype) * self.c_proj.bias
+        dtype, shape, E = product_dtype(x), x.shape, len(experts)
+        c_fc, c_proj = [e.c_fc for e in experts], [e.c_proj for e in experts]
+        x = x.flatten(0, 1).to(dtype)                               # (N, C)
+        chosen = None                                               # every token meets every expert, expert j in slot j
+        if routing is None:
+            w = x.new_full((len(x), E), 1 / E)
+        elif self.top_k == E:
+            w = routing.probs                                       # (N, E)
         else:
-            y = self.c_proj(mixed)                                  # (N, C) the one frozen product of c_proj
-        return (y + delta).view(shape), routing
+            w, chosen = routing.weights, routing.chosen             # (N, K) each
+        with torch.autocast(x.device.type, enabled=False):
+            # all experts' LoRAs side by side: A (E r, in), with γ in it, and B (out, E r)
+            A1, A2 = (torch.cat([lora.A * lora.scaling for lora in loras]).to(dtype) for loras in (c_fc, c_proj))
+            B1, B2 = (torch.cat([lora.B for lora in loras], 1).to(dtype) for loras in (c_fc, c_proj))
+            F_, b_F, P, b_P = (p.to(dtype) for p in (self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias))
+            y = Mixture.apply(x, w.to(dtype), chosen, experts[0].c_fc.A.shape[0], F_, b_F, P, A1, B1, A2, B2)           # (N, C)
+            # a lone top-1 weight is below 1: b_P is scaled too
+            y = y + (w.to(dtype) * b_P if chosen is not None and self.top_k == 1 else b_P)
+        return y.view(shape), routing
 
     def route(self, x: torch.Tensor) -> Routing:
         """x (B, T, C) -> which K experts run for each token, and with what weight (METHOD 1.1)."""
@@ -208,7 +266,8 @@ def add_lora(base: GPT, n_experts: int, n_generalists: int, rank: int, alpha: fl
         raise ValueError(f'n_experts={n_experts}, n_generalists={n_generalists}: a user needs at least one expert, and '
                          'n_generalists of them (0 or more) are generalists')
     base.requires_grad_(False)
-    model = copy.deepcopy(base, {id(p): p for p in base.parameters()})  # new modules around the same parameters
+    leaves = [m for m in base.modules() if not any(m.children())]   # frozen, so all users can have the same ones
+    model = copy.deepcopy(base, {id(shared): shared for shared in leaves})
     for layer, block in enumerate(model.h):
         block.attn.c_attn = LoRALinear(block.attn.c_attn, attention_rank, alpha)
         block.attn.c_proj = LoRALinear(block.attn.c_proj, attention_rank, alpha)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from conftest import relative_error
 
 from lora_moe import GhostNoise, LoRA, LoRALinear, LoRAMoE, add_lora, initial, load_balance_loss, roles
-from model import GPT, MLP, GPTConfig
+from model import GPT, MLP, GPTConfig, store_in_bf16
 
 CONFIG = GPTConfig(vocab_size=50, n_positions=16, n_layer=2, n_head=2, n_embd=16)
 
@@ -71,6 +71,47 @@ def test_cheap_form_equals_a_loop_over_full_mlps(n, k, routed):
         assert not (moe(x)[1].chosen == n - 1).any()
 
 
+@pytest.mark.parametrize('n, k', [(2, 2), (4, 2), (8, 1), (2, 1)])
+@pytest.mark.parametrize('case', ['router alone', 'B alone', 'nothing'])
+def test_gradients_of_what_is_trained_only(n, k, case):
+    """The written-out derivative gives the tensors that ask for it the gradients they have when all ask, and no others any."""
+    moe, x, grad_y = user_model(n, k).h[0].mlp, torch.randn(2, 9, 16), torch.randn(2, 9, 16)
+    tensors = {name: p for name, p in moe.named_parameters() if p.requires_grad}
+    everything = dict(zip(tensors, torch.autograd.grad(moe(x)[0], tensors.values(), grad_y)))
+    for name, p in tensors.items():
+        p.requires_grad_({'router alone': 'router' in name, 'B alone': name.endswith('.B'), 'nothing': False}[case])
+    x_in = x.clone().requires_grad_()
+    moe(x_in)[0].backward(grad_y)
+    assert x_in.grad.norm() > 0
+    for name, p in tensors.items():
+        assert torch.equal(p.grad, everything[name]) if p.requires_grad else p.grad is None, name
+
+
+@pytest.mark.parametrize('unit', ['token', 'prefix', 'sequence'])
+@pytest.mark.parametrize('k', [1, 2])
+def test_a_routing_made_elsewhere(unit, k):
+    """one_routing: a layer without router mixes by the first layer's weights, whose router gets this layer's gradient."""
+    torch.manual_seed(1)
+    model = user_model(4, k)
+    first, second = (block.mlp for block in model.h)
+    second.router = None
+    first.routing_unit = unit
+    x, grad_y = torch.randn(2, 9, 16), torch.randn(2, 9, 16)
+
+    def plain(x):
+        routing, flat, y = first.route(x), x.flatten(0, 1), 0
+        for j, e in enumerate([*second.generalists, *second.specialists]):
+            w = (routing.weights * (routing.chosen == j)).sum(1)                              # (N,) 0 where not chosen
+            h = second.c_fc(flat) + e.c_fc.scaling * flat @ e.c_fc.A.T @ e.c_fc.B.T
+            a = F.gelu(h, approximate='tanh')
+            y = y + w[:, None] * (second.c_proj(a) + e.c_proj.scaling * a @ e.c_proj.A.T @ e.c_proj.B.T)
+        return y.view(x.shape)
+    tensors = [first.router.weight, *(p for p in second.parameters() if p.requires_grad)]
+    results = [[y, *torch.autograd.grad(y, tensors, grad_y)] for y in (second(x, first.route(x))[0], plain(x))]
+    for a, b in zip(*results):
+        assert relative_error(a, b) <= 1e-5
+
+
 @pytest.mark.parametrize('n', [1, 2, 4, 8])
 @pytest.mark.parametrize('routed', [True, False])
 def test_untrained_user_equals_the_base(n, routed):
@@ -106,18 +147,22 @@ def test_permuting_experts_with_their_router_rows_changes_nothing():
     assert relative_error(moe(x)[0], before) < 1e-6
 
 
-def test_only_chosen_experts_are_evaluated():
-    """An expert full of NaN that no token chooses leaves no trace in output or gradients."""
-    moe = user_model(4).h[0].mlp
-    moe.router.weight.data[3] = 0
-    moe.router.weight.data[3, 0] = -100
-    for p in moe.specialists[2].parameters():
-        p.data.fill_(torch.nan)
-    x = torch.randn(2, 9, 16, requires_grad=True)
-    x.data[..., 0] = 1
-    y = moe(x)[0]
-    y.sum().backward()
-    assert torch.isfinite(y).all() and torch.isfinite(x.grad).all()
+def test_only_chosen_experts_count():
+    """Whatever is in an expert that no token chooses, output and gradients are the same to the bit."""
+    results = []
+    for value in (0.0, 1e3):
+        moe = user_model(4).h[0].mlp
+        moe.router.weight.data[3] = 0
+        moe.router.weight.data[3, 0] = -100
+        for p in moe.specialists[2].parameters():
+            p.data.fill_(value)
+        x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        x.data[..., 0] = 1
+        y = moe(x)[0]
+        y.square().sum().backward()
+        results.append([y, x.grad, *(p.grad for p in moe.generalists.parameters())])
+        assert all(not p.grad.any() for p in moe.specialists[2].parameters())
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 def test_an_expert_without_tokens_gets_zero_gradients_and_still_decays():
@@ -275,6 +320,33 @@ def test_the_mixture_runs_under_bf16_autocast():
         loss.backward()
         flat.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert F.cosine_similarity(*flat, dim=0) > 0.98
+
+
+@pytest.mark.parametrize('n, k', [(1, 2), (2, 2), (4, 1), (8, 2)])
+def test_weights_kept_in_bf16_give_what_autocast_would(n, k):
+    """Against autocast over float32 weights the products are the same to the bit; only the embedding is rounded, which here
+    is not: its values are made to be bfloat16's. The user's own tensors, LayerNorms and positions stay float32."""
+    torch.manual_seed(0)
+    base = GPT(CONFIG)
+    base.wte.weight.data = base.wte.weight.data.bfloat16().float()
+    idx = torch.randint(50, (4, 16))
+    results = []
+    for stored in (False, True):
+        if stored:
+            store_in_bf16(base)
+        model = add_lora(base, n, 1, rank=4, top_k=k)
+        for name, p in model.named_parameters():
+            if name in roles(model):
+                p.data.copy_(initial(name, p.shape, 0) + 0.01)
+            if name in roles(model) or 'ln_' in name or name == 'wpe.weight':
+                assert p.dtype == torch.float32
+            else:
+                assert p.dtype == (torch.bfloat16 if stored else torch.float32)
+        with torch.autocast('cpu', torch.bfloat16):
+            loss, routing = model.loss(idx, idx)
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 def test_impossible_mixtures_are_refused():
