@@ -32,13 +32,12 @@ def evaluate(model: GPT, tokens: np.ndarray, block_size: int) -> dict:
     Every token but the first is predicted once, in non-overlapping windows of block_size (the last may be shorter), so no
     sampling. Returns loss (nats per token, without load balancing), ppl = exp(loss), tokens, and for a model with routers
     scores (L, E): mean softmax score of every expert in every layer, top1 (L, E): share of tokens whose best it is."""
-    device, vocab_size = model.wte.weight.device, model.config.vocab_size
+    device = model.wte.weight.device
     n = len(tokens) - 1
     stream = torch.from_numpy(np.asarray(tokens).astype(np.int64))
     whole = n // block_size * block_size
     x, y = stream[:whole].view(-1, block_size), stream[1:whole + 1].view(-1, block_size)      # (windows, T) each
-    most = min(2 ** 26 // vocab_size, 2048 if device.type == 'cpu' else 2 ** 14)    # tokens at a time: logits below 256 MiB,
-    rows = max(1, most // block_size)                                              # and activations in a CPU's cache
+    rows = max(1, (1024 if device.type == 'cpu' else 2 ** 14) // block_size)        # at a time: activations in a CPU's cache
     batches = [*zip(x.split(rows), y.split(rows))] if whole else []
     if whole < n:
         batches.append((stream[None, whole:n], stream[None, whole + 1:]))
