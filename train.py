@@ -35,7 +35,7 @@ from configurator import configure, die
 from data.stream import check_dataset, get_batch, load_dataset, load_text, load_user
 from eval import cell, evaluate, fingerprint, mean, perplexity, table
 from lora_moe import add_lora, initial, load_balance_loss, roles
-from model import GPT, load_gpt, save_gpt
+from model import GPT, fast_fp32, load_gpt, save_gpt, store_in_bf16
 
 # ---- switches: override with config/*.py or --name=value ----------------------------------------------------------
 method = 'comigs_1g1s'          # a row of METHODS below; sets the switches of the next block
@@ -92,6 +92,7 @@ test_users = 0                  # users that are evaluated, drawn by the seed; 0
 seed = 42                       # the paper's seeds are 42, 45, 47
 device = 'auto'                 # auto | cpu | cuda | cuda:N | mps
 dtype = 'auto'                  # auto (bfloat16 autocast on CUDA, else float32) | float32 | bfloat16
+compile = False                 # torch.compile of the training loss: 1 to 2 minutes at the start, then faster steps
 
 
 # (experts, generalists, attention shared, router, trained on, combined by, rank), the paper's table, what it is, other switches
@@ -231,6 +232,10 @@ if shares and aggregate not in ('hetlora', 'flexlora', 'flora') and len(set(rank
 if dtype == 'auto':
     dtype = 'bfloat16' if device_type == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
 autocast = torch.autocast(device_type, torch.bfloat16) if dtype == 'bfloat16' else contextlib.nullcontext()
+base_sha256 = fingerprint(base)                              # of the file, whatever becomes of the base in memory
+fast_fp32(device_type)
+if dtype == 'bfloat16' and aggregate != 'flora':             # flora adds to the base, which float32 is needed for
+    store_in_bf16(base)
 
 # ---- users: own data, own LoRA and router, own optimizers, one frozen base for all ---------------------------------
 def build(i: int) -> tuple[GPT, dict, dict]:
@@ -258,6 +263,7 @@ def wake(i: int) -> SimpleNamespace:
     data, tests = texts_of(i)
     user = SimpleNamespace(
         id=i, name='all' if pooled else names[i], data=data, tests=tests, model=model, role=role, adapter=adapter,
+        loss=torch.compile(model.loss) if compile else model.loss,
         expert_opt=torch.optim.AdamW(theta + phi if router_data == 'joint' else theta, lr=expert_lr, **adamw),
         router_opt=torch.optim.AdamW(phi, lr=router_lr, **adamw) if phi and router_data != 'joint' else None,
         batch_size=batch_size * len(tests), trained={id(p) for p in theta + phi}, trainable=sum(p.numel() for p in theta + phi),
@@ -336,7 +342,7 @@ def descend(user: SimpleNamespace, optimizer: torch.optim.Optimizer, tokens: np.
     for i, (x, y) in enumerate(zip(x.split(micro_batch_size), y.split(micro_batch_size))):
         share = len(x) / user.batch_size
         with autocast:
-            ce, routing = user.model.loss(x, y)
+            ce, routing = user.loss(x, y)
             lb = load_balance_loss(routing, load_balance)
             loss = ce + lb_coef * lb
             if aggregate == 'hetlora':
@@ -594,7 +600,7 @@ def git_commit() -> str:
 
 # what must be the same for a run to be continued: the base, the data and every switch that shapes the numbers
 free = ('out_dir', 'resume', 'overwrite', 'device', 'init_from', 'dataset')
-identity = {**{k: v for k, v in config.items() if k not in free}, 'base': fingerprint(base),
+identity = {**{k: v for k, v in config.items() if k not in free}, 'base': base_sha256,
             'data': hashlib.sha256(json.dumps([u['sha256'] for u in meta['users']]).encode()).hexdigest(),
             'public': None if public is None else hashlib.sha256(public.cpu().numpy().tobytes()).hexdigest()}
 identity = json.loads(json.dumps(identity))                  # as a file gives it back: tuples are lists
