@@ -22,7 +22,7 @@ import federate
 from configurator import die
 from data.stream import load_dataset
 from lora_moe import add_lora, roles
-from model import GPT, load_gpt
+from model import GPT, fast_fp32, load_gpt, store_in_bf16
 
 
 @torch.no_grad()
@@ -213,6 +213,9 @@ def main() -> None:
         base = load_gpt(source).to(args.device or first['device'])
         if fingerprint(base) != first['base_sha256']:
             die(f'{source} is not the base that {args.runs[0]} was trained on (SHA-256 differs)')
+        fast_fp32(base.wte.weight.device.type)
+        if first['dtype'] == 'bfloat16':                            # as in train.py
+            store_in_bf16(base)
         loaded = {run: models_of(run, base) for run in args.runs}
         data = {(run, t): texts(config, base, t) for run, (config, *_) in loaded.items() for t in targets}
         for run, (config, *_) in loaded.items():
