@@ -12,12 +12,8 @@ local         one user per file (.txt, .jsonl, .jsonl.gz, .csv, .parquet with a 
 demo          four users, or thousands with --alpha, out of text that is installed with Python and its packages: no download
 base          what pretrain.py trains on: English Wikipedia and the installed text that demo does not use"""
 import argparse
-import ast
-import csv
-import gzip
 import hashlib
 import heapq
-import itertools
 import json
 import os
 import re
@@ -25,7 +21,7 @@ import shutil
 import sys
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -34,229 +30,34 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import sources
+from data.sources import MANY, one_line
 from data.stream import SPLITS, encoding
 
 BASE_TOKENS = 80_000_000     # English Wikipedia to take from the Hub for base; everything when it comes from --source
 BATCH_CHARS = 1_000_000      # text that is tokenised at once
 LEAD = 2                     # tokens of a separator, at most; a stream's first document loses its own
-MANY = 32                    # users, beyond which a report is a summary and a demo's files are several documents each
-FORMATS = ('.jsonl', '.jsonl.gz', '.csv', '.parquet', '.txt')
-WIKIPEDIA = 'wikimedia/wikipedia'
-# hub: user or group -> (repository, config) on the Hugging Face Hub. buffer: rows of a file group in memory for shuffling.
-# tokens: default size of every user's splits, for the three paper sets those of Table 3; a fraction of the text otherwise.
+# open: where the documents come from. max_chars: what longer ones are cut to. tokens: default size of every user's splits, for
+# the three paper sets those of Table 3; a fraction of the text otherwise.
 SETS = {
     'agnews': dict(
-        users=('World', 'Sports', 'Business', 'Sci/Tech'), separator=' ', tokenizer='gpt2', max_chars=None,
-        hub={'train': ('fancyzhx/ag_news', None)}, buffer=120_000,  # all of it: Table 3 takes half of each category's rows
+        open=sources.open_agnews, separator=' ', tokenizer='gpt2',
         tokens={'train': (761_924, 756_719, 814_131, 771_460), 'valid': (48_809, 48_730, 50_398, 48_249),
                 'test': (48_167, 47_721, 48_344, 49_377)}),
     'multilingual': dict(
-        users=('de', 'nl', 'fr', 'it'), separator=' ', tokenizer='gpt2', max_chars=None, buffer=10_000,
-        hub={'de': (WIKIPEDIA, '20231101.de'), 'nl': ('google/wiki40b', 'nl'), 'fr': (WIKIPEDIA, '20231101.fr'),
-             'it': (WIKIPEDIA, '20231101.it')},
+        open=sources.open_multilingual, separator=' ', tokenizer='gpt2',
         tokens={'train': (557_662, 407_498, 556_796, 451_584), 'valid': (300_764, 216_318, 220_071, 165_984),
                 'test': (229_720, 219_741, 210_570, 172_547)}),
     'slimpajama': dict(  # 400 000 characters are about 100k tokens: a test stream holds two books or more
-        users=('StackExchange', 'Github', 'ArXiv', 'Book'), separator=' ', tokenizer='gpt2', max_chars=400_000, buffer=10_000,
-        hub={'train': ('DKYoon/SlimPajama-6B', None)},
+        open=sources.open_slimpajama, separator=' ', tokenizer='gpt2', max_chars=400_000,
         tokens={'train': (1_000_000,), 'valid': (200_000,), 'test': (200_000,)}),
-    'local': dict(separator='\n\n', tokenizer='gpt2', max_chars=None, buffer=10_000,
+    'local': dict(open=sources.open_local, separator='\n\n', tokenizer='gpt2',
                   tokens={'train': (0.8,), 'valid': (0.1,), 'test': (0.1,)}),
-    'demo': dict(separator='\n\n', tokenizer='bytes', max_chars=None,
+    'demo': dict(open=sources.open_demo, separator='\n\n', tokenizer='bytes',
                  tokens={'train': (40_000, 60_000, 80_000, 60_000), 'valid': (24_000,), 'test': (40_000,)}),
-    'base': dict(separator='\n\n', tokenizer='bytes', max_chars=None, buffer=10_000,
-                 hub={'wikipedia': (WIKIPEDIA, '20231101.en')},
+    'base': dict(open=sources.open_base, separator='\n\n', tokenizer='bytes',
                  tokens={'train': (0.98,), 'valid': (0.01,), 'test': (0.01,)}),
 }
-
-
-# ---- rows: dictionaries, from the Hub or from files -----------------------------------------------------------------
-
-def hub_rows(repository: str, config: str | None, split: str, seed: int, buffer: int) -> Iterator[dict]:
-    """Rows of a parquet data set on the Hub, streamed and shuffled. Raises OSError when they cannot be read."""
-    import datasets
-    from huggingface_hub.utils import logging
-    logging.set_verbosity_error()  # it warns at every retry
-    try:
-        stream = datasets.load_dataset(repository, config, split=split, streaming=True)
-        yield from stream.shuffle(seed=seed, buffer_size=buffer)
-    except Exception as error:  # the Hub's client, its transport and parquet each have their own
-        raise OSError(f'{repository} cannot be read from the Hugging Face Hub ({type(error).__name__}: {one_line(error)}): '
-                      'connect, or give local files with the same columns as --source=PATH') from None
-
-
-def file_rows(file: Path, whole: bool = False) -> Iterator[dict]:
-    """Rows of one local file; .txt: a row per paragraph, or one for the whole file. Raises ValueError naming the file."""
-    try:
-        if file.suffix == '.parquet':
-            import pyarrow.parquet
-            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-            return
-        newline = '' if file.suffix == '.csv' else '\n'
-        with (gzip.open if file.suffix == '.gz' else open)(file, 'rt', encoding='utf-8-sig', newline=newline) as lines:
-            if file.suffix == '.txt':
-                parts = ((False, lines),) if whole else itertools.groupby(lines, str.isspace)
-                yield from ({'text': ''.join(part).replace('\r\n', '\n')} for blank, part in parts if not blank)
-            elif file.suffix == '.csv':
-                csv.field_size_limit(2**31 - 1)
-                yield from csv.DictReader(lines)
-            else:
-                for row in map(json.loads, filter(str.strip, lines)):
-                    if not isinstance(row, dict):
-                        raise ValueError('a line is not a JSON object')
-                    yield row
-    except Exception as error:  # of gzip, zlib, csv, json, pyarrow or the file system
-        raise ValueError(f'{file.name} cannot be read ({type(error).__name__}: {one_line(error)})') from None
-
-
-def shuffled(rows: Iterable[dict], buffer: int, rng: np.random.Generator) -> Iterator[dict]:
-    """The rows in random order, with `buffer` of them in memory: what .shuffle() does to rows of the Hub."""
-    held = []
-    for row in rows:
-        if len(held) < buffer:
-            held.append(row)
-        else:
-            i = rng.integers(buffer)
-            yield held[i]
-            held[i] = row
-    rng.shuffle(held)
-    yield from held
-
-
-def find_files(source: Path, stem: str | None) -> list[Path]:
-    """Data files at `source`, sorted: that file, or those of a folder named STEM.jsonl, STEM-00000-of-00002.parquet, ..."""
-    if source.is_file():
-        return [source] if source.name.endswith(FORMATS) else []
-    return [file for file in sorted(source.iterdir()) if file.name.endswith(FORMATS) and file.is_file()
-            and not file.name.startswith('.') and stem in (None, re.split(r'[.-]', file.name)[0])]
-
-
-def rows_of(options: dict, group: str, split: str = 'train', stem: str | None = None) -> tuple[Iterator[dict], list[str]]:
-    """(rows, where they are from) of one group of SETS[...]['hub'], out of --source where given. Raises ValueError."""
-    chosen, seed = SETS[options['set']], options['seed']
-    if options['source'] is None:
-        repository, config = chosen['hub'][group]
-        return hub_rows(repository, config, split, seed, chosen['buffer']), [' '.join(filter(None, (repository, config)))]
-    files = find_files(Path(options['source']), stem)
-    if not files:
-        raise ValueError(f'--source={options["source"]} holds no {stem or "*"}.jsonl, .jsonl.gz, .csv or .parquet')
-    rows = itertools.chain.from_iterable(map(file_rows, files))
-    return shuffled(rows, chosen['buffer'], np.random.default_rng(seed)), [file.name for file in files]
-
-
-# ---- documents: (category, text), a category being the number of a pool of text -------------------------------------
-
-def field(row: dict, column: str, where: str) -> object:
-    """A row's value. Raises ValueError if there is no such column."""
-    if column not in row:
-        raise ValueError(f'{where}: no column {column!r} (there are: {one_line(", ".join(map(str, row))) or "none"})')
-    return row[column]
-
-
-def documents_of(rows: Iterable[dict], where: str, category, clean=str) -> Iterator[tuple[int, str]]:
-    """(category, clean(text)) of every row. `category`: a number, or a function of (row, where) that may return None to leave
-    the row out. Raises ValueError naming `where` the rows are from."""
-    for row in rows:
-        number, text = category(row, where) if callable(category) else category, field(row, 'text', where)
-        if not isinstance(text, str | None):
-            raise ValueError(f"{where}: column 'text' holds {type(text).__name__}, not text")
-        if number is not None:
-            yield number, clean(text or '')
-
-
-def agnews_category(row: dict, where: str) -> int:
-    label = str(field(row, 'label', where))
-    if label not in ('0', '1', '2', '3'):
-        raise ValueError(f'{where}: label {label!r} is not 0 (World), 1 (Sports), 2 (Business) or 3 (Sci/Tech)')
-    return int(label)
-
-
-def slimpajama_category(row: dict, where: str) -> int | None:
-    meta = field(row, 'meta', where)
-    try:
-        meta = json.loads(meta) if isinstance(meta, str) else meta
-        category = meta['redpajama_set_name'].removeprefix('RedPajama')
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{where}: column 'meta' has no 'redpajama_set_name'") from None
-    users = SETS['slimpajama']['users']
-    return users.index(category) if category in users else None
-
-
-def clean_wiki40b(text: str) -> str:
-    """Without Wiki-40B's structure markers, which would make the Dutch user easy; rows may be printed bytes, b'...'."""
-    if text[:2] in ("b'", 'b"'):
-        try:
-            text = ast.literal_eval(text).decode()
-        except (ValueError, SyntaxError):
-            pass  # a text that merely begins like one
-    return re.sub(r'\s*_START_(ARTICLE|SECTION|PARAGRAPH)_\s*', '\n\n', text).replace('_NEWLINE_', '\n')
-
-
-def open_agnews(options: dict) -> tuple:
-    """Categories 0-3: train rows. 4, unless --alpha makes valid and test follow each user's topics: test rows, if any."""
-    rows, where = rows_of(options, 'train', 'train', 'train')
-    streams = [('train', documents_of(rows, where[0], agnews_category), range(4))]
-    source = options['source']
-    if options['alpha'] is None and (source is None or Path(source).is_dir() and find_files(Path(source), 'test')):
-        rows, more = rows_of(options, 'train', 'test', 'test')
-        streams += [('test', documents_of(rows, more[0], 4), (4,))]
-        where = list(dict.fromkeys(where + more))
-    return list(SETS['agnews']['users']), streams, where
-
-
-def open_multilingual(options: dict) -> tuple:
-    if options['source'] and not Path(options['source']).is_dir():
-        raise ValueError('multilingual needs a folder as --source, with files de.*, nl.*, fr.* and it.*')
-    streams, where = [], []
-    for i, user in enumerate(SETS['multilingual']['users'][:options['users'] if options['alpha'] is None else None]):
-        rows, names = rows_of(options, user, stem=user)
-        clean = clean_wiki40b if user == 'nl' else str
-        streams.append((user, documents_of(rows, names[0], i, clean), (i,)))
-        where += names
-    return list(SETS['multilingual']['users']), streams, where
-
-
-def open_slimpajama(options: dict) -> tuple:
-    rows, where = rows_of(options, 'train', stem='train')
-    return list(SETS['slimpajama']['users']), [('rows', documents_of(rows, where[0], slimpajama_category), range(4))], where
-
-
-def open_local(options: dict) -> tuple:
-    """One category per file or sub-folder of --source."""
-    streams, where = [], []
-    for i, path in enumerate(path for path in sorted(Path(options['source']).iterdir())
-                             if not path.name.startswith('.') and (path.is_dir() or path.name.endswith(FORMATS))):
-        files = find_files(path, None)
-        whole = path.is_dir() and sum(file.suffix == '.txt' for file in files) >= 10
-        rows = itertools.chain.from_iterable(map(file_rows, files, itertools.repeat(whole)))
-        name = path.name if path.is_dir() else re.sub(r'\.(jsonl(\.gz)?|csv|parquet|txt)$', '', path.name)
-        streams.append((name, documents_of(rows, path.name, i), (i,)))
-        where.append(path.name)
-    names = [name for name, _, _ in streams]
-    if not names or len(names) > len(set(names)):
-        raise ValueError(f'--source={options["source"]} needs one {", ".join(FORMATS)} or sub-folder per user, each of its own '
-                         f'name (found: {", ".join(where) or "none"})')
-    return names, streams, where
-
-
-def open_demo(options: dict) -> tuple:
-    from data.installed import demo_documents, many_documents
-    n_users = options['users'] or 4
-    asked = np.array([*sizes(options, n_users).values()]) * (1 if options['tokenizer'] == 'bytes' else 4)  # characters, about
-    few = n_users <= MANY and asked.sum() < 4_000_000
-    users = demo_documents() if few else many_documents(int(asked.sum()), int(asked.min()), options['alpha'] is not None)
-    streams = [(name, zip(itertools.repeat(i), texts), (i,)) for i, (name, texts) in enumerate(users.items())]
-    return list(users), streams, ['text installed with Python and its packages']
-
-
-def open_base(options: dict) -> tuple:
-    from data.installed import base_documents, demo_documents
-    rows, where = rows_of(options, 'wikipedia')
-    streams = [('wikipedia', documents_of(rows, where[0], 0), (0,))]
-    installed = base_documents([text for texts in demo_documents().values() for text in texts])
-    streams += [(name, zip(itertools.repeat(i), texts), (i,)) for i, (name, texts) in enumerate(installed.items(), 1)]
-    return ['wikipedia', *installed], streams, [*where, 'text installed with Python and its packages']
 
 
 # ---- who gets how much of what --------------------------------------------------------------------------------------
@@ -347,7 +148,8 @@ def encode_all(enc, texts: list[str]) -> list[np.ndarray]:
 
 def fill(streams: list, names: list[str], asked: dict, shares: dict, enc, separator: str, max_chars: int | None,
          spool: BinaryIO) -> list[np.ndarray]:
-    """Write distinct documents, each as tokens of separator + text, to the file `spool`, until all that is asked is there.
+    """Write the distinct documents of `streams` (data/sources.py), each as tokens of separator + text, to the file `spool`,
+    until all that is asked is there.
 
     Returns per category (documents, 2): a document's place in `spool`, in bytes, and its number of tokens. Memory, however
     long the streams are: a batch of text, the shuffle buffer, and about 150 bytes per document for its hash and its place.
@@ -500,10 +302,6 @@ def report(meta: dict, asked: dict, paper: dict | None, supply: str) -> None:
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
-def one_line(message: object) -> str:
-    return ' '.join(str(message).split())[:500]
-
-
 def check(options: dict) -> Path:
     """The folder to write. Raises ValueError for options that cannot work, before anything is read or written."""
     source, name = options['source'], options['name']
@@ -532,7 +330,8 @@ def prepare(options: dict) -> dict:
     """Prepare one data set, print a report, return meta.json. Raises ValueError or OSError with a one-line message."""
     folder, chosen = check(options), SETS[options['set']]
     enc = encoding(options['tokenizer'])
-    categories, streams, where = OPEN[options['set']](options)
+    wishes = [sizes(options, options['users'] or 4)] if options['set'] == 'demo' else []  # installed text is cut to measure
+    categories, streams, where = chosen['open'](options, *wishes)
     n_users = options['users'] or len(categories)
     if n_users > len(categories) and options['alpha'] is None:
         raise ValueError(f'--users={n_users}, but {options["set"]} has {len(categories)} categories: give --alpha, a Dirichlet '
@@ -556,21 +355,17 @@ def prepare(options: dict) -> dict:
                 raise ValueError(f'user {user} ({names[user]}) would have an empty {split} stream: there are too few documents '
                                  f'({supply})')
         meta = write(folder, names, parts, asked, spool, enc, meta)
-    paper = 'users' in chosen and options['alpha'] is None
+    paper = options['set'] in sources.CATEGORIES and options['alpha'] is None
     report(meta, asked, chosen['tokens'] if paper else None, supply)
     print(f'wrote {folder}')
     return meta
-
-
-OPEN = {'agnews': open_agnews, 'multilingual': open_multilingual, 'slimpajama': open_slimpajama, 'local': open_local,
-        'demo': open_demo, 'base': open_base}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('set', choices=OPEN, metavar='NAME', help=' | '.join(OPEN))
+    add('set', choices=SETS, metavar='NAME', help=' | '.join(SETS))
     add('--source', metavar='PATH', help='local file or folder with the columns of the Hub, instead of the Hub: '
         'train.*, test.* (agnews), de.*, ... (multilingual), train.* (slimpajama); .jsonl, .jsonl.gz, .csv, .parquet')
     add('--tokenizer', choices=('gpt2', 'bytes'), help='default gpt2; bytes in demo and base')
@@ -590,7 +385,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = vars(parser.parse_args(argv))
         for option, default in (('tokenizer', SETS[options['set']]['tokenizer']), ('name', options['set']),
-                                ('max_chars', SETS[options['set']]['max_chars'])):
+                                ('max_chars', SETS[options['set']].get('max_chars'))):
             options[option] = default if options[option] is None else options[option]
         prepare(options)
     except (ValueError, OSError) as error:

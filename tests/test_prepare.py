@@ -1,4 +1,4 @@
-"""data/prepare.py: what is written is what was read, once. Offline; the Hub is a fake with the library's own streams."""
+"""data/sources.py, data/prepare.py: what is written is what was read, once. Offline; the Hub: a fake, the library's streams."""
 import csv
 import gzip
 import io
@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import prepare  # noqa: E402
+from data import prepare, sources  # noqa: E402
 from data.stream import SPLITS, encoding, load_dataset  # noqa: E402
 
 SHARED = ROOT.parent / 'shared'
@@ -106,7 +106,7 @@ def test_round_trip(name, suffix, tmp_path):
     assert run(name, '--source', source_of(name, tmp_path / 'in', suffix), '--out_root', tmp_path, *SMALL) == 0
     meta, found = read(tmp_path / name)
     assert (meta['dtype'], meta['separator'], meta['tokenizer'], meta['vocab_size']) == ('<u2', ' ', 'bytes', 257)
-    assert [user['name'] for user in meta['users']] == list(prepare.SETS[name]['users'])
+    assert [user['name'] for user in meta['users']] == list(sources.CATEGORIES[name])
     assert_disjoint(found)
     for (i, split), texts in found.items():
         mixed = name == 'agnews' and split != 'train'  # tomorrow's news: every topic for everybody
@@ -210,7 +210,7 @@ def test_seed(tmp_path):
 
 def test_shuffling_and_dealing_follow_the_seed():
     rows = [{'text': str(i)} for i in range(100)]
-    orders = [[int(row['text']) for row in prepare.shuffled(iter(rows), 10, np.random.default_rng(seed))] for seed in (1, 1, 2)]
+    orders = [[int(row['text']) for row in sources.shuffled(iter(rows), 10, np.random.default_rng(seed))] for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == list(range(100)) != orders[0]
     assert all(row - place <= 10 for place, row in enumerate(orders[0]))  # no more than the buffer is read ahead
     asked, shares = {split: [10] for split in SPLITS}, {split: np.ones((1, 1)) for split in SPLITS}
@@ -234,8 +234,8 @@ def test_agnews_test_rows(tmp_path):
 def test_wiki40b_markers():
     text = '\n_START_ARTICLE_\nRembrandt\n_START_SECTION_\nLeven\n_START_PARAGRAPH_\nHij was één._NEWLINE_Hij.'
     clean = 'Rembrandt\n\nLeven\n\nHij was één.\nHij.'
-    assert prepare.clean_wiki40b(text).strip() == prepare.clean_wiki40b(repr(text.encode())).strip() == clean
-    assert prepare.clean_wiki40b("b'aan is geen bytes") == "b'aan is geen bytes"
+    assert sources.clean_wiki40b(text).strip() == sources.clean_wiki40b(repr(text.encode())).strip() == clean
+    assert sources.clean_wiki40b("b'aan is geen bytes") == "b'aan is geen bytes"
 
 
 def test_long_documents_are_cut_before_splitting(tmp_path, capsys):
@@ -299,7 +299,7 @@ def test_three_hundred_users(tmp_path, capsys):
                            [len(text.encode()) + 1 for text in texts if '>' in text], 4)
         errors.append(np.abs(held / size - shares[i]).max() * size)
         assert meta['users'][i]['tokens'][split] == size
-        assert f'{shares[i].max():.0%} {prepare.SETS["agnews"]["users"][shares[i].argmax()]}' in meta['users'][i]['name']
+        assert f'{shares[i].max():.0%} {sources.CATEGORIES["agnews"][shares[i].argmax()]}' in meta['users'][i]['name']
     assert np.mean(errors) < 28 and max(errors) < 56  # a document has 28 tokens, and the last one is cut
 
 
@@ -375,11 +375,11 @@ def test_local_sizes_users_and_mixing(tmp_path):
 def test_demo_and_base(tmp_path, monkeypatch):
     """demo: the installed users, its sizes, more users. base: Wikipedia and the installed text that demo leaves."""
     users = {name: documents(name) for name in ('one', 'two')}
-    installed = ModuleType('data.installed')
-    installed.demo_documents = lambda: users
-    installed.many_documents = lambda chars, least, mixed: {'three': documents(f'three-{chars}-{least}-{mixed}', 4000)}
-    installed.base_documents = lambda exclude: {'code': documents('code', 300)} if exclude == sum(users.values(), []) else {}
-    monkeypatch.setitem(sys.modules, 'data.installed', installed)
+    monkeypatch.setattr(sources, 'demo_documents', lambda: users)
+    monkeypatch.setattr(sources, 'many_documents', lambda chars, least, mixed: {
+        'three': documents(f'three-{chars}-{least}-{mixed}', 4000)})
+    monkeypatch.setattr(sources, 'base_documents', lambda exclude: {
+        'code': documents('code', 300)} if exclude == sum(users.values(), []) else {})
     monkeypatch.setitem(prepare.SETS['demo'], 'tokens', {'train': (500, 700), 'valid': (200,), 'test': (300,)})
     assert run('demo', '--out_root', tmp_path) == 0
     meta, found = read(tmp_path / 'demo')
@@ -458,9 +458,8 @@ def test_hub_slimpajama_stops(hub, tmp_path):
 
 
 def test_hub_base(hub, tmp_path, monkeypatch):
-    installed = ModuleType('data.installed')
-    installed.demo_documents, installed.base_documents = dict, lambda exclude: {}
-    monkeypatch.setitem(sys.modules, 'data.installed', installed)
+    monkeypatch.setattr(sources, 'demo_documents', dict)
+    monkeypatch.setattr(sources, 'base_documents', lambda exclude: {})
     hub.rows['wikimedia/wikipedia', '20231101.en', 'train'] = lambda: endless(ROWS['multilingual']['de'])
     assert run('base', '--out_root', tmp_path, '--train_tokens=9800') == 0
     assert read(tmp_path / 'base')[0]['users'][0]['tokens'] == {'train': 9800, 'valid': 100, 'test': 100}
@@ -564,7 +563,7 @@ def test_force(tmp_path, capsys, monkeypatch):
     assert run(*common) == 0
     before = hashes(tmp_path / 'agnews')
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, 'rows_of', None)  # would fail if it were called
+        patch.setattr(sources, 'rows_of', None)  # would fail if it were called
         assert run(*common) == 2
     assert '--force' in capsys.readouterr().err
     assert run(*common[:2], tmp_path / 'nowhere', *common[3:], '--force') == 2

@@ -1,0 +1,235 @@
+"""Where documents come from: rows of the Hugging Face Hub, of local files, and text installed with Python.
+
+open_NAME(options), one for every data set of data/prepare.py, opens its source and returns
+  categories  names of the kinds of text, one per user unless --alpha mixes them
+  streams     [(label, documents, feeds)]: an iterator of (category, text), and the categories that it can yield, as numbers
+              in the order of `categories`; the number after them is agnews' test rows
+  where       the repositories or files, for meta.json
+Rows are read as documents are taken, and no further. What cannot be read raises a ValueError or OSError that names it.
+Tokens, sizes and splits are the business of data/prepare.py."""
+import ast
+import csv
+import gzip
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data.installed import base_documents, demo_documents, many_documents
+
+MANY = 32                    # users, beyond which a demo's files are several documents each and a report is a summary
+FORMATS = ('.jsonl', '.jsonl.gz', '.csv', '.parquet', '.txt')
+INSTALLED = 'text installed with Python and its packages'
+CATEGORIES = {  # of the paper's sets
+    'agnews': ('World', 'Sports', 'Business', 'Sci/Tech'),
+    'multilingual': ('de', 'nl', 'fr', 'it'),
+    'slimpajama': ('StackExchange', 'Github', 'ArXiv', 'Book'),
+}
+WIKIPEDIA = 'wikimedia/wikipedia'
+# What a file's name in --source begins with ('*': anything) -> the same rows on the Hub: (repository, config, split).
+HUB = {
+    'agnews': {'train': ('fancyzhx/ag_news', None, 'train'), 'test': ('fancyzhx/ag_news', None, 'test')},
+    'multilingual': {'de': (WIKIPEDIA, '20231101.de', 'train'), 'nl': ('google/wiki40b', 'nl', 'train'),
+                     'fr': (WIKIPEDIA, '20231101.fr', 'train'), 'it': (WIKIPEDIA, '20231101.it', 'train')},
+    'slimpajama': {'train': ('DKYoon/SlimPajama-6B', None, 'train')},
+    'base': {'*': (WIKIPEDIA, '20231101.en', 'train')},
+}
+
+
+# ---- rows: dictionaries, from the Hub or from files -----------------------------------------------------------------
+
+def one_line(message: object) -> str:
+    return ' '.join(str(message).split())[:500]
+
+
+def hub_rows(repository: str, config: str | None, split: str, seed: int, buffer: int) -> Iterator[dict]:
+    """Rows of a parquet data set on the Hub, streamed and shuffled. Raises OSError when they cannot be read."""
+    import datasets
+    from huggingface_hub.utils import logging
+    logging.set_verbosity_error()  # it warns at every retry
+    try:
+        stream = datasets.load_dataset(repository, config, split=split, streaming=True)
+        yield from stream.shuffle(seed=seed, buffer_size=buffer)
+    except Exception as error:  # the Hub's client, its transport and parquet each have their own
+        raise OSError(f'{repository} cannot be read from the Hugging Face Hub ({type(error).__name__}: {one_line(error)}): '
+                      'connect, or give local files with the same columns as --source=PATH') from None
+
+
+def file_rows(file: Path, whole: bool = False) -> Iterator[dict]:
+    """Rows of one local file; .txt: a row per paragraph, or one for the whole file. Raises ValueError naming the file."""
+    try:
+        if file.suffix == '.parquet':
+            import pyarrow.parquet
+            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+            return
+        newline = '' if file.suffix == '.csv' else '\n'
+        with (gzip.open if file.suffix == '.gz' else open)(file, 'rt', encoding='utf-8-sig', newline=newline) as lines:
+            if file.suffix == '.txt':
+                parts = ((False, lines),) if whole else itertools.groupby(lines, str.isspace)
+                yield from ({'text': ''.join(part).replace('\r\n', '\n')} for blank, part in parts if not blank)
+            elif file.suffix == '.csv':
+                csv.field_size_limit(2**31 - 1)
+                yield from csv.DictReader(lines)
+            else:
+                for row in map(json.loads, filter(str.strip, lines)):
+                    if not isinstance(row, dict):
+                        raise ValueError('a line is not a JSON object')
+                    yield row
+    except Exception as error:  # of gzip, zlib, csv, json, pyarrow or the file system
+        raise ValueError(f'{file.name} cannot be read ({type(error).__name__}: {one_line(error)})') from None
+
+
+def shuffled(rows: Iterable[dict], buffer: int, rng: np.random.Generator) -> Iterator[dict]:
+    """The rows in random order, with `buffer` of them in memory: what .shuffle() does to rows of the Hub."""
+    held = []
+    for row in rows:
+        if len(held) < buffer:
+            held.append(row)
+        else:
+            i = rng.integers(buffer)
+            yield held[i]
+            held[i] = row
+    rng.shuffle(held)
+    yield from held
+
+
+def find_files(source: Path, stem: str = '*') -> list[Path]:
+    """Data files at `source`, sorted: that file, or those of a folder named STEM.jsonl, STEM-00000-of-00002.parquet, ..."""
+    if source.is_file():
+        return [source] if source.name.endswith(FORMATS) else []
+    return [file for file in sorted(source.iterdir()) if file.name.endswith(FORMATS) and file.is_file()
+            and not file.name.startswith('.') and stem in ('*', re.split(r'[.-]', file.name)[0])]
+
+
+def rows_of(options: dict, stem: str, buffer: int = 10_000) -> tuple[Iterator[dict], list[str]]:
+    """(shuffled rows, where they are from): HUB's, or those of the files named STEM in --source. Raises ValueError."""
+    if options['source'] is None:
+        repository, config, split = HUB[options['set']][stem]
+        return hub_rows(repository, config, split, options['seed'], buffer), [' '.join(filter(None, (repository, config)))]
+    files = find_files(Path(options['source']), stem)
+    if not files:
+        raise ValueError(f'--source={options["source"]} holds no {stem}.jsonl, .jsonl.gz, .csv or .parquet')
+    rows = itertools.chain.from_iterable(map(file_rows, files))
+    return shuffled(rows, buffer, np.random.default_rng(options['seed'])), [file.name for file in files]
+
+
+# ---- documents: (category, text) ------------------------------------------------------------------------------------
+
+def field(row: dict, column: str, where: str) -> object:
+    """A row's value. Raises ValueError if there is no such column."""
+    if column not in row:
+        raise ValueError(f'{where}: no column {column!r} (there are: {one_line(", ".join(map(str, row))) or "none"})')
+    return row[column]
+
+
+def documents_of(rows: Iterable[dict], where: str, category, clean=str) -> Iterator[tuple[int, str]]:
+    """(category, clean(text)) of every row. `category`: a number, or a function of (row, where) that may return None to leave
+    the row out. Raises ValueError naming `where` the rows are from."""
+    for row in rows:
+        number, text = category(row, where) if callable(category) else category, field(row, 'text', where)
+        if not isinstance(text, str | None):
+            raise ValueError(f"{where}: column 'text' holds {type(text).__name__}, not text")
+        if number is not None:
+            yield number, clean(text or '')
+
+
+def agnews_category(row: dict, where: str) -> int:
+    label = str(field(row, 'label', where))
+    if label not in ('0', '1', '2', '3'):
+        raise ValueError(f'{where}: label {label!r} is not 0 (World), 1 (Sports), 2 (Business) or 3 (Sci/Tech)')
+    return int(label)
+
+
+def slimpajama_category(row: dict, where: str) -> int | None:
+    meta = field(row, 'meta', where)
+    try:
+        meta = json.loads(meta) if isinstance(meta, str) else meta
+        category = meta['redpajama_set_name'].removeprefix('RedPajama')
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{where}: column 'meta' has no 'redpajama_set_name'") from None
+    known = CATEGORIES['slimpajama']
+    return known.index(category) if category in known else None
+
+
+def clean_wiki40b(text: str) -> str:
+    """Without Wiki-40B's structure markers, which would make the Dutch user easy; rows may be printed bytes, b'...'."""
+    if text[:2] in ("b'", 'b"'):
+        try:
+            text = ast.literal_eval(text).decode()
+        except (ValueError, SyntaxError):
+            pass  # a text that merely begins like one
+    return re.sub(r'\s*_START_(ARTICLE|SECTION|PARAGRAPH)_\s*', '\n\n', text).replace('_NEWLINE_', '\n')
+
+
+# ---- the data sets: (categories, streams, where) --------------------------------------------------------------------
+
+def open_agnews(options: dict) -> tuple:
+    """Categories 0-3: train rows. 4, unless --alpha makes valid and test follow each user's topics: test rows, if any."""
+    buffer = 120_000  # all of the train rows: Table 3 takes half of each category's
+    rows, where = rows_of(options, 'train', buffer)
+    streams = [('train', documents_of(rows, where[0], agnews_category), range(4))]
+    source = options['source']
+    if options['alpha'] is None and (source is None or Path(source).is_dir() and find_files(Path(source), 'test')):
+        rows, more = rows_of(options, 'test', buffer)
+        streams += [('test', documents_of(rows, more[0], 4), (4,))]
+        where = list(dict.fromkeys(where + more))
+    return list(CATEGORIES['agnews']), streams, where
+
+
+def open_multilingual(options: dict) -> tuple:
+    if options['source'] and not Path(options['source']).is_dir():
+        raise ValueError('multilingual needs a folder as --source, with files de.*, nl.*, fr.* and it.*')
+    streams, where = [], []
+    for i, language in enumerate(CATEGORIES['multilingual'][:options['users'] if options['alpha'] is None else None]):
+        rows, names = rows_of(options, language)
+        clean = clean_wiki40b if language == 'nl' else str
+        streams.append((language, documents_of(rows, names[0], i, clean), (i,)))
+        where += names
+    return list(CATEGORIES['multilingual']), streams, where
+
+
+def open_slimpajama(options: dict) -> tuple:
+    rows, where = rows_of(options, 'train')
+    return list(CATEGORIES['slimpajama']), [('rows', documents_of(rows, where[0], slimpajama_category), range(4))], where
+
+
+def open_local(options: dict) -> tuple:
+    """One category per file or sub-folder of --source."""
+    streams, where = [], []
+    for i, path in enumerate(path for path in sorted(Path(options['source']).iterdir())
+                             if not path.name.startswith('.') and (path.is_dir() or path.name.endswith(FORMATS))):
+        files = find_files(path)
+        whole = path.is_dir() and sum(file.suffix == '.txt' for file in files) >= 10
+        rows = itertools.chain.from_iterable(map(file_rows, files, itertools.repeat(whole)))
+        name = path.name if path.is_dir() else re.sub(r'\.(jsonl(\.gz)?|csv|parquet|txt)$', '', path.name)
+        streams.append((name, documents_of(rows, path.name, i), (i,)))
+        where.append(path.name)
+    names = [name for name, _, _ in streams]
+    if not names or len(names) > len(set(names)):
+        raise ValueError(f'--source={options["source"]} needs one {", ".join(FORMATS)} or sub-folder per user, each of its own '
+                         f'name (found: {", ".join(where) or "none"})')
+    return names, streams, where
+
+
+def installed_streams(texts: dict[str, list[str]], first: int) -> list[tuple]:
+    """Streams of {category: documents}, counted from `first`."""
+    return [(name, zip(itertools.repeat(i), some), (i,)) for i, (name, some) in enumerate(texts.items(), first)]
+
+
+def open_demo(options: dict, asked: dict) -> tuple:
+    """asked: per split the tokens of every user, which decide how much text there must be."""
+    chars = np.array([*asked.values()]) * (1 if options['tokenizer'] == 'bytes' else 4)  # (splits, users), about
+    few = chars.shape[1] <= MANY and chars.sum() < 4_000_000
+    texts = demo_documents() if few else many_documents(int(chars.sum()), int(chars.min()), options['alpha'] is not None)
+    return list(texts), installed_streams(texts, 0), [INSTALLED]
+
+
+def open_base(options: dict) -> tuple:
+    rows, where = rows_of(options, '*')
+    texts = base_documents([text for texts in demo_documents().values() for text in texts])
+    streams = [('wikipedia', documents_of(rows, where[0], 0), (0,)), *installed_streams(texts, 1)]
+    return ['wikipedia', *texts], streams, [*where, INSTALLED]
