@@ -21,7 +21,7 @@ out/demo-%/summary.json: data/demo/meta.json $(CODE)
 	@echo '== Training: $(ARGS)'
 	@$(PY) train.py config/demo.py $(ARGS) --out_dir=out/demo-$* --overwrite
 
-data/demo/meta.json: .venv/run-ready data/prepare.py data/installed.py
+data/demo/meta.json: .venv/run-ready data/prepare.py data/sources.py data/installed.py
 	@echo '== Preparing four users out of text that is installed on this machine'
 	@$(PY) data/prepare.py demo --force
 
