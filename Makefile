@@ -3,7 +3,7 @@
 # make clean  remove what the demo wrote (data/demo, out/); the .venv stays
 PYTHON ?= python3
 PY = .venv/bin/python
-CODE = train.py eval.py model.py lora_moe.py federate.py configurator.py data/stream.py config/demo.py assets/base-tiny.safetensors
+CODE = train.py eval.py model.py lora_moe.py federate.py checkpoint.py configurator.py data/stream.py config/demo.py assets/base-tiny.safetensors
 RUNS = out/demo-local out/demo-fedavg out/demo-1g1s-own out/demo-1g1s-mixture
 
 .PHONY: demo test clean
