@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,8 @@ def evaluate(model: GPT, tokens: np.ndarray, block_size: int) -> dict:
     if whole < n:
         batches.append((stream[None, whole:n], stream[None, whole + 1:]))
     total, scores, top1 = 0.0, None, None
-    for x, y in tqdm(batches, desc='evaluate', delay=2, leave=False, disable=None):     # shown if it takes long
+    quiet = None if os.environ.get('RANK', '0') == '0' else True                   # of several processes one shows progress
+    for x, y in tqdm(batches, desc='evaluate', delay=2, leave=False, disable=quiet):     # shown if it takes long
         loss, routing = model.loss(x.to(device), y.to(device))
         total += loss.item() * y.numel()
         if routing[0] is not None:
