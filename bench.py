@@ -259,7 +259,8 @@ def product_rate(args, dtype: str) -> float:
 
 
 def compare(ours: GPT, plain: nn.Module, args, data: tuple, dtypes: tuple = ('fp32', 'fp32')) -> dict:
-    """Relative error of the loss, of every gradient (the worst), and the smallest cosine, ours against P's. NaN is refused."""
+    """Ours against P's: `worst` relative error of loss and gradients, least `cosine` of a gradient, and of all `together`. NaN
+    is refused."""
     found = []
     for model, dtype in zip((ours, plain), dtypes):
         model.zero_grad()
@@ -274,13 +275,18 @@ def compare(ours: GPT, plain: nn.Module, args, data: tuple, dtypes: tuple = ('fp
         sys.exit('the two models do not train the same tensors')
     errors, cosines = [abs(a - b) / abs(b)], []
     for name, g in plain_grads.items():
-        if not math.isfinite((ours_grads[name] - g).norm()) or not g.norm() > 0:
-            sys.exit(f'the gradient of {name} is not finite, or zero: nothing is timed')
-        errors.append(((ours_grads[name] - g).norm() / g.norm()).item())
-        cosines.append(F.cosine_similarity(ours_grads[name], g, dim=0).item())
+        mine = ours_grads[name]
+        if not math.isfinite(mine.norm()) or not math.isfinite(g.norm()):
+            sys.exit(f'the gradient of {name} is not finite: nothing is timed')
+        if g.norm() > 0:
+            errors.append(((mine - g).norm() / g.norm()).item())
+            cosines.append(F.cosine_similarity(mine, g, dim=0).item())
+        elif mine.norm() > 0:                                       # an expert that no token chose has a gradient of 0
+            sys.exit(f'the gradient of {name} is 0 in P, and here it is not: nothing is timed')
+    together = F.cosine_similarity(*(torch.cat([grads[name] for name in plain_grads]) for _, grads in found), dim=0).item()
     if not math.isfinite(errors[0]):
         sys.exit('the loss is not finite: nothing is timed')
-    return {'worst': max(errors), 'cosine': min(cosines), 'tensors': len(cosines)}
+    return {'worst': max(errors), 'cosine': min(cosines), 'tensors': len(cosines), 'of': len(plain_grads), 'together': together}
 
 
 # ---- the parts: each returns what goes into the JSON file --------------------------------------------------------------------
@@ -315,7 +321,7 @@ def speed(args, dtype: str, compiled: bool = False) -> dict:
         user = new_user(own, n)
         plain = PlainGPT(new_user(base, n))
         found = compare(user, plain, args, (data[0][:2], data[1][:2]), (dtype, 'fp32'))
-        if not found['cosine'] > (0.999 if dtype == 'fp32' else 0.9):
+        if not found['together'] > (0.9999 if dtype == 'fp32' else 0.9):            # bf16 flips near-tied choices of 8
             sys.exit(f'{dtype}, n={n}: the gradients are not those of P ({found}): nothing is timed')
         steps[f'P n={n}'] = training_step(args, plain.loss, plain.parameters(), data, dtype)
         steps[f'ours n={n}'] = training_step(args, user.loss, user.parameters(), data, dtype)
@@ -446,8 +452,8 @@ def start(args) -> dict:
         bare = [seconds(lambda: subprocess.run([sys.executable, '-c', 'import torch'], check=True), 'cpu') for _ in range(4)]
         result['import torch'] = statistics.median(bare[1:])
         for name, base, data in (('tiny base', tiny, 'bytes'), ('GPT-2', large, 'gpt2')):
-            command = [sys.executable, str(ROOT / 'train.py'), f'--init_from={base}', f'--dataset={folder / data}', '--overwrite',
-                       f'--device={args.device}', f'--out_dir={folder / "out"}', '--batch_size=1', '--block_size=16']
+            command = [sys.executable, str(ROOT / 'train.py'), f'--init_from={base}', f'--dataset={folder / data}',
+                       f'--out_dir={folder / "out"}', '--overwrite', f'--device={args.device}', '--batch_size=1', '--block_size=16']
             times = []
             for _ in range(4):
                 (folder / 'out' / 'metrics.jsonl').unlink(missing_ok=True)
@@ -499,7 +505,7 @@ GOALS = (   # number, what, part, its value, at least or at most, target, unit
     (5, 'the same, compiled', 'compiled', lambda r: 100 * rate(r, 'ours n=2 compiled'), '>=', 60, '%'),
     (6, 'tokens/s against transformers + PEFT, float32', 'fp32', vs_peft, '>=', 1.2, 'x'),
     (6, 'tokens/s against transformers + PEFT, bfloat16', 'bf16', vs_peft, '>=', 1.3, 'x'),
-    (7, 'peak memory, 64 x 128 by micro-batches of 8, bfloat16', 'memory', lambda r: r['ours bf16 64x8'] / 1e9, '<=', 1.7, 'GB'),
+    (7, 'peak memory, 64 x 128 in micro-batches, bfloat16', 'memory', lambda r: r['ours bf16 64x8'] / 1e9, '<=', 1.7, 'GB'),
     (7, 'peak memory over P\'s, one micro-step, bfloat16', 'memory', lambda r: r['ours bf16'] / r['P bf16'], '<=', 0.5, 'x'),
     (8, 'loss and gradients against P, worst, float32', 'gradients',
      lambda r: max(v['worst'] for name, v in r.items() if name != 'bf16'), '<=', 1e-5, ''),
