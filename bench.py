@@ -453,7 +453,8 @@ def start(args) -> dict:
         result['import torch'] = statistics.median(bare[1:])
         for name, base, data in (('tiny base', tiny, 'bytes'), ('GPT-2', large, 'gpt2')):
             command = [sys.executable, str(ROOT / 'train.py'), f'--init_from={base}', f'--dataset={folder / data}',
-                       f'--out_dir={folder / "out"}', '--overwrite', f'--device={args.device}', '--batch_size=1', '--block_size=16']
+                       f'--out_dir={folder / "out"}', '--overwrite', f'--device={args.device}', '--batch_size=1',
+                       '--block_size=16']
             times = []
             for _ in range(4):
                 (folder / 'out' / 'metrics.jsonl').unlink(missing_ok=True)
