@@ -270,7 +270,7 @@ def test_a_run_that_fails_is_named_in_one_line(place, capfd):
     with pytest.raises(SystemExit) as end:                  # train.py refuses: nothing is left of it
         reproduce.main(['table1', '--dataset=tiny', '--seeds=1', '--device=cpu', '--roundz=3'])
     out, err = capfd.readouterr()
-    assert end.value.code == 2 and err.count('\n') == 1 and 'did you mean --rounds?' in err and 'local seed 1' in err
+    assert end.value.code == 2 and err.count('\n') == 1 and 'did you mean --rounds?' in err and ' seed 1: train.py' in err
     assert not [*place.glob('out/reproduce/tiny/*/')]
     with pytest.raises(SystemExit) as end:                  # it breaks: its log stays, and is named
         reproduce.main(['table1', '--dataset=tiny', '--seeds=1', '--device=cpu', '--expert_lr=1e30', '--local_steps=40'])
