@@ -706,8 +706,8 @@ for t in range(start, rounds):
     clock['seconds'], tic = time.time() - began, time.time()
     save_round(present)
     clock['checkpoints'] += time.time() - tic
-    if process == 0 and (last or (t + 1) % eval_every == 0):
-        ppl = of_all('local')
+    ppl = of_all('local')
+    if process == 0 and mean(ppl) is not None and (last or (t + 1) % eval_every == 0):
         tqdm.write(f'round {t + 1:3}/{rounds}  test perplexity ' + (
             '  '.join(f'{name} {cell(p)}' for name, p in zip(names, ppl)) if len(ppl) == len(names) <= 8
             else f'{cell(mean(ppl))} (mean of {sum(p is not None for p in ppl)} users)'))
@@ -772,6 +772,7 @@ summary = {
     'peak_rss_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)}
 write_atomically(out / 'summary.json', lambda file: file.write_text(json.dumps(summary, indent=1)))
 columns = {'pretrained': of_all('pretrained'), method: ppl} | ({'after aggregation': of_all('aggregated')} if after else {})
+columns = {name: column for name, column in columns.items() if mean(column) is not None}     # of a few tested, perhaps nobody
 rows = [[name, *row] for name, row in zip(summary['users'], zip(*columns.values()))]
 print(table(['test perplexity', *columns], [*(rows if len(rows) <= 20 else ()), [
     f'mean of {len(rows)}' if len(rows) > 20 else 'mean', *map(mean, columns.values())]]))
