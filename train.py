@@ -667,7 +667,7 @@ for t in range(start, rounds):
     for user in awake(present[process::processes]):          # in parallel in the paper, here in turn or in several processes
         receive(user)                                        # download: every user starts from the same generalists
         tail = federate.tail_norm(user.adapter, user.rank, prune_gamma) if aggregate == 'hetlora' else 0
-        tic = time.time()
+        tic, tested_so_far = time.time(), cell(mean(of_all('local')))
         for h in range(local_steps):
             lr = cosine(t * local_steps + h)
             for group in user.expert_opt.param_groups:
@@ -687,7 +687,7 @@ for t in range(start, rounds):
                     log('router', step=user.expert_steps, router_step=user.router_steps, user=user.id, loss=ce_valid,
                         ppl=perplexity(ce_valid), lb=lb, lr=router_lr)
             bar.update()
-            bar.set_postfix({'round': t + 1, 'user': user.name, 'loss': f'{ce:.3f}', 'test ppl': cell(mean(of_all('local')))})
+            bar.set_postfix({'round': t + 1, 'user': user.name, 'loss': f'{ce:.3f}', 'test ppl': tested_so_far})
         if aggregate == 'hetlora' and federate.tail_norm(user.adapter, user.rank, prune_gamma) < tail:
             prune(user)
         clock['training'] += time.time() - tic
