@@ -9,6 +9,7 @@ GPT-2 124M with random weights (nothing is downloaded), batches of 8 x 128 rando
 about a model's quality. A step is forward, backward and AdamW. Every ratio is between two things timed in the same process in
 turn, the order reversed every round, and of the two ratios, the median of the paired ones and that of the two fastest times,
 the weaker counts. Baseline P is Plain* below. The float32 setting of train.py (fast_fp32) holds for both sides."""
+
 import argparse
 import contextlib
 import copy
@@ -36,7 +37,7 @@ from model import GPT, GPTConfig, fast_fp32, save_gpt, store_in_bf16
 
 ROOT = Path(__file__).resolve().parent
 PARTS = ('gradients', 'fp32', 'bf16', 'compiled', 'memory', 'start')
-NOISE = 0.15                    # of the products' rate between the start and the end of a part: no verdict above it
+NOISE = 0.15  # of the products' rate between the start and the end of a part: no verdict above it
 
 
 # ---- baseline P: full MLP per expert, tokens dispatched by torch.where, full logits, autograd throughout -------------------
@@ -72,17 +73,17 @@ class PlainMixture(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Routing | None]:
         experts, shape = [*self.generalists, *self.specialists], x.shape
-        x = x.flatten(0, 1)                                         # (N, C)
+        x = x.flatten(0, 1)  # (N, C)
         if self.router is None:
             return experts[0](x).view(shape), None
         with torch.autocast(x.device.type, enabled=False):
-            logits = self.router(x.float())                         # (N, E)
-        best, chosen = logits.topk(self.top_k)                      # (N, K) each
+            logits = self.router(x.float())  # (N, E)
+        best, chosen = logits.topk(self.top_k)  # (N, K) each
         probs = logits.softmax(-1)
         weights = best.softmax(-1) if self.top_k > 1 else probs.gather(1, chosen)
         y = torch.zeros_like(x)
         for j, expert in enumerate(experts):
-            token, slot = torch.where(chosen == j)                  # (N_j,) each
+            token, slot = torch.where(chosen == j)  # (N_j,) each
             y[token] += (weights[token, slot, None] * expert(x[token])).to(y.dtype)
         return y.view(shape), Routing(probs, chosen, weights)
 
@@ -99,7 +100,7 @@ class PlainGPT(nn.Module):
             self.h.append(nn.ModuleDict({'ln_1': block.ln_1, 'attn': attn, 'ln_2': block.ln_2, 'mlp': PlainMixture(block.mlp)}))
 
     def loss(self, idx: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, list]:
-        x, routing = self.wte(idx) + self.wpe.weight[:idx.shape[1]], []
+        x, routing = self.wte(idx) + self.wpe.weight[: idx.shape[1]], []
         for block in self.h:
             qkv = block.attn.c_attn(block.ln_1(x)).chunk(3, -1)
             q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in qkv)
@@ -108,7 +109,7 @@ class PlainGPT(nn.Module):
             y, decided = block.mlp(block.ln_2(x))
             x = x + y
             routing.append(decided)
-        logits = F.linear(self.ln_f(x), self.wte.weight)            # (B, T, V)
+        logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()), routing
 
 
@@ -154,6 +155,7 @@ def training_step(args, loss, parameters, data: tuple, dtype: str, micro: int | 
                 total = ce + 0.01 * load_balance_loss(routing, 'generalist')
             (total * (len(xs) / len(x))).backward()
         optimizer.step()
+
     return step
 
 
@@ -168,6 +170,7 @@ def bound_step(args, base: GPT, data: tuple, dtype: str):
         with autocast(args, dtype):
             loss, _ = base.loss(*data)
         loss.backward()
+
     return step
 
 
@@ -175,10 +178,21 @@ def peft_step(args, data: tuple, dtype: str):
     """transformers + PEFT, LoRA of rank 16 on the same four linears: as many active LoRA columns as two experts of rank 8."""
     from peft import LoraConfig, get_peft_model
     from transformers import GPT2Config, GPT2LMHeadModel
-    config = GPT2Config(vocab_size=args.vocab_size, n_embd=args.n_embd, n_layer=args.n_layer, n_head=args.n_head, resid_pdrop=0,
-                        embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0)
-    lora = LoraConfig(r=16, lora_alpha=16, target_modules=['c_attn', 'c_proj', 'c_fc'], fan_in_fan_out=True,
-                      init_lora_weights=False)
+
+    config = GPT2Config(
+        vocab_size=args.vocab_size,
+        n_embd=args.n_embd,
+        n_layer=args.n_layer,
+        n_head=args.n_head,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    lora = LoraConfig(
+        r=16, lora_alpha=16, target_modules=['c_attn', 'c_proj', 'c_fc'], fan_in_fan_out=True, init_lora_weights=False
+    )
     model = get_peft_model(GPT2LMHeadModel(config), lora).to(args.device).train()
     return training_step(args, lambda x, y: (model(input_ids=x, labels=x).loss, [None]), model.parameters(), data, dtype)
 
@@ -190,6 +204,7 @@ def evaluation_step(args, user: GPT, dtype: str, n: int):
     def step():
         with autocast(args, dtype):
             evaluate(user, tokens, 128)
+
     return step
 
 
@@ -200,7 +215,7 @@ def flops(args, T: int = 128, K: int = 2) -> dict:
     its forward, attention's two products count T x T (causality is not used by them)."""
     L, d, V = args.n_layer, args.n_embd, args.vocab_size
     weights, head, attention = 12 * L * d * d, V * d, 4 * T * d * L
-    lora = 2 * L * (8 * 4 * d + 8 * 2 * d + K * 2 * 8 * 5 * d)      # c_attn, c_proj, K x (c_fc, c_proj), forward
+    lora = 2 * L * (8 * 4 * d + 8 * 2 * d + K * 2 * 8 * 5 * d)  # c_attn, c_proj, K x (c_fc, c_proj), forward
     step = 4 * (weights + head) - 6 * d * d + 3 * attention + 3 * lora
     return {'step': step, 'plain': step + (K - 1) * 4 * L * 8 * d * d, 'forward': 2 * (weights + head) + attention + lora}
 
@@ -226,7 +241,7 @@ def race(steps: dict, rounds: int, device: str) -> dict:
         step(), step()
     times = {name: [] for name in steps}
     for i in range(rounds):
-        for name in list(steps)[::1 if i % 2 == 0 else -1]:
+        for name in list(steps)[:: 1 if i % 2 == 0 else -1]:
             times[name].append(seconds(steps[name], device))
     return times
 
@@ -250,8 +265,10 @@ def product_rate(args, dtype: str) -> float:
     """FLOP/s of the model's five products x W^T at 1024 rows (8192 on CUDA): the best shape's median of 7."""
     d, V, best = args.n_embd, args.vocab_size, 0.0
     for n_in, n_out in ((d, 3 * d), (d, d), (d, 4 * d), (4 * d, d), (d, V)):
-        x, W = (torch.randn(n, n_in, device=args.device, dtype=torch.bfloat16 if dtype == 'bf16' else torch.float32)
-                for n in (8192 if args.device == 'cuda' else 1024, n_out))
+        x, W = (
+            torch.randn(n, n_in, device=args.device, dtype=torch.bfloat16 if dtype == 'bf16' else torch.float32)
+            for n in (8192 if args.device == 'cuda' else 1024, n_out)
+        )
         out = x @ W.t()
         times = [seconds(lambda: torch.mm(x, W.t(), out=out), args.device) for _ in range(9)][2:]
         best = max(best, 2 * len(x) * n_in * n_out / statistics.median(times))
@@ -281,7 +298,7 @@ def compare(ours: GPT, plain: nn.Module, args, data: tuple, dtypes: tuple = ('fp
         if g.norm() > 0:
             errors.append(((mine - g).norm() / g.norm()).item())
             cosines.append(F.cosine_similarity(mine, g, dim=0).item())
-        elif mine.norm() > 0:                                       # an expert that no token chose has a gradient of 0
+        elif mine.norm() > 0:  # an expert that no token chose has a gradient of 0
             sys.exit(f'the gradient of {name} is 0 in P, and here it is not: nothing is timed')
     together = F.cosine_similarity(*(torch.cat([grads[name] for name in plain_grads]) for _, grads in found), dim=0).item()
     if not math.isfinite(errors[0]):
@@ -321,7 +338,7 @@ def speed(args, dtype: str, compiled: bool = False) -> dict:
         user = new_user(own, n)
         plain = PlainGPT(new_user(base, n))
         found = compare(user, plain, args, (data[0][:2], data[1][:2]), (dtype, 'fp32'))
-        if not found['together'] > (0.9999 if dtype == 'fp32' else 0.9):            # bf16 flips near-tied choices of 8
+        if not found['together'] > (0.9999 if dtype == 'fp32' else 0.9):  # bf16 flips near-tied choices of 8
             sys.exit(f'{dtype}, n={n}: the gradients are not those of P ({found}): nothing is timed')
         steps[f'P n={n}'] = training_step(args, plain.loss, plain.parameters(), data, dtype)
         steps[f'ours n={n}'] = training_step(args, user.loss, user.parameters(), data, dtype)
@@ -353,6 +370,7 @@ def peak_memory(reset: bool = False) -> float:
         status = Path('/proc/self/status').read_text()
         return 1024 * int(status.split('VmHWM:')[1].split()[0])
     import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
@@ -363,7 +381,7 @@ def worker(args, what: str) -> float:
     base = new_base(args)
     if dtype == 'bf16' and name != 'P':
         store_in_bf16(base)
-    if name == 'users':                                             # as in train.py: all are made, then train in turn
+    if name == 'users':  # as in train.py: all are made, then train in turn
         users = [new_user(base, 2, seed=i) for i in range(int(shape[0]))]
         frozen, role = {p.data_ptr() for p in base.parameters()}, roles(users[0])
         for user in users:
@@ -412,15 +430,25 @@ def made_up_data(folder: Path, vocab_size: int, tokenizer: str) -> None:
     folder.mkdir()
     users, rng = [], np.random.default_rng(0)
     for i in range(4):
-        raw = {split: rng.integers(0, vocab_size, n).astype('<u2').tobytes()
-               for split, n in (('train', 300_000), ('valid', 30_000), ('test', 30_000))}
+        raw = {
+            split: rng.integers(0, vocab_size, n).astype('<u2').tobytes()
+            for split, n in (('train', 300_000), ('valid', 30_000), ('test', 30_000))
+        }
         for split, data in raw.items():
             (folder / f'user{i}_{split}.bin').write_bytes(data)
         n = {split: len(data) // 2 for split, data in raw.items()}
-        users.append({'name': f'user {i}', 'tokens': n, 'bytes': n, 'documents': dict.fromkeys(n, 1),
-                      'sha256': {split: hashlib.sha256(data).hexdigest() for split, data in raw.items()}})
-    (folder / 'meta.json').write_text(json.dumps({'dtype': '<u2', 'vocab_size': vocab_size, 'tokenizer': tokenizer,
-                                                  'users': users, 'source': ['made up']}))
+        users.append(
+            {
+                'name': f'user {i}',
+                'tokens': n,
+                'bytes': n,
+                'documents': dict.fromkeys(n, 1),
+                'sha256': {split: hashlib.sha256(data).hexdigest() for split, data in raw.items()},
+            }
+        )
+    (folder / 'meta.json').write_text(
+        json.dumps({'dtype': '<u2', 'vocab_size': vocab_size, 'tokenizer': tokenizer, 'users': users, 'source': ['made up']})
+    )
 
 
 def first_line(command: list, file: Path, limit: float = 300) -> float:
@@ -452,9 +480,17 @@ def start(args) -> dict:
         bare = [seconds(lambda: subprocess.run([sys.executable, '-c', 'import torch'], check=True), 'cpu') for _ in range(4)]
         result['import torch'] = statistics.median(bare[1:])
         for name, base, data in (('tiny base', tiny, 'bytes'), ('GPT-2', large, 'gpt2')):
-            command = [sys.executable, str(ROOT / 'train.py'), f'--init_from={base}', f'--dataset={folder / data}',
-                       f'--out_dir={folder / "out"}', '--overwrite', f'--device={args.device}', '--batch_size=1',
-                       '--block_size=16']
+            command = [
+                sys.executable,
+                str(ROOT / 'train.py'),
+                f'--init_from={base}',
+                f'--dataset={folder / data}',
+                f'--out_dir={folder / "out"}',
+                '--overwrite',
+                f'--device={args.device}',
+                '--batch_size=1',
+                '--block_size=16',
+            ]
             times = []
             for _ in range(4):
                 (folder / 'out' / 'metrics.jsonl').unlink(missing_ok=True)
@@ -491,7 +527,7 @@ def evaluating(part: dict) -> float:
     return 2 * speedup(part['seconds']['ours n=2'], part['seconds']['evaluation'])
 
 
-GOALS = (   # number, what, part, its value, at least or at most, target, unit
+GOALS = (  # number, what, part, its value, at least or at most, target, unit
     (1, 'tokens/s against P, n = 2, float32', 'fp32', lambda r: vs_plain(r, 2), '>=', 1.5, 'x'),
     (1, 'tokens/s against P, n = 2, bfloat16', 'bf16', lambda r: vs_plain(r, 2), '>=', 1.5, 'x'),
     (1, 'tokens/s against P, n = 2, bfloat16, compiled', 'compiled', lambda r: vs_plain(r, 2, ' compiled'), '>=', 1.9, 'x'),
@@ -501,15 +537,22 @@ GOALS = (   # number, what, part, its value, at least or at most, target, unit
     (3, 'step time n = 8 over n = 2, bfloat16', 'bf16', wide, '<=', 1.12, 'x'),
     (4, "step over the frozen base's own, float32", 'fp32', over_base, '<=', 1.12, 'x'),
     (4, "step over the frozen base's own, bfloat16", 'bf16', over_base, '<=', 1.25, 'x'),
-    (5, 'useful FLOPs over the products\' peak, float32', 'fp32', lambda r: 100 * rate(r, 'ours n=2'), '>=', 55, '%'),
-    (5, 'useful FLOPs over the products\' peak, bfloat16', 'bf16', lambda r: 100 * rate(r, 'ours n=2'), '>=', 55, '%'),
+    (5, "useful FLOPs over the products' peak, float32", 'fp32', lambda r: 100 * rate(r, 'ours n=2'), '>=', 55, '%'),
+    (5, "useful FLOPs over the products' peak, bfloat16", 'bf16', lambda r: 100 * rate(r, 'ours n=2'), '>=', 55, '%'),
     (5, 'the same, compiled', 'compiled', lambda r: 100 * rate(r, 'ours n=2 compiled'), '>=', 60, '%'),
     (6, 'tokens/s against transformers + PEFT, float32', 'fp32', vs_peft, '>=', 1.2, 'x'),
     (6, 'tokens/s against transformers + PEFT, bfloat16', 'bf16', vs_peft, '>=', 1.3, 'x'),
     (7, 'peak memory, 64 x 128 in micro-batches, bfloat16', 'memory', lambda r: r['ours bf16 64x8'] / 1e9, '<=', 1.7, 'GB'),
-    (7, 'peak memory over P\'s, one micro-step, bfloat16', 'memory', lambda r: r['ours bf16'] / r['P bf16'], '<=', 0.5, 'x'),
-    (8, 'loss and gradients against P, worst, float32', 'gradients',
-     lambda r: max(v['worst'] for name, v in r.items() if name != 'bf16'), '<=', 1e-5, ''),
+    (7, "peak memory over P's, one micro-step, bfloat16", 'memory', lambda r: r['ours bf16'] / r['P bf16'], '<=', 0.5, 'x'),
+    (
+        8,
+        'loss and gradients against P, worst, float32',
+        'gradients',
+        lambda r: max(v['worst'] for name, v in r.items() if name != 'bf16'),
+        '<=',
+        1e-5,
+        '',
+    ),
     (8, 'gradients against P, least cosine, bfloat16, n = 2', 'gradients', lambda r: r['bf16']['cosine'], '>=', 0.999, ''),
     (9, "evaluation's tokens/s over training's, float32", 'fp32', evaluating, '>=', 1.9, 'x'),
     (9, "evaluation's tokens/s over training's, bfloat16", 'bf16', evaluating, '>=', 1.9, 'x'),
@@ -533,7 +576,7 @@ def verdicts(parts: dict) -> list[list]:
         except KeyError:
             rows.append([number, what, None, f'{side} {target} {unit}', 'not measured'])
             continue
-        passed = measured >= target if side == '>=' else measured <= target         # NaN passes neither
+        passed = measured >= target if side == '>=' else measured <= target  # NaN passes neither
         verdict = 'noisy' if noisy(parts[part]) else 'pass' if passed else 'MISSED'
         rows.append([number, what, f'{measured:.3g} {unit}', f'{side} {target} {unit}', verdict])
     return rows
@@ -553,12 +596,20 @@ def report(result: dict) -> list[list]:
     for name, part in result['parts'].items():
         if 'seconds' not in part:
             continue
-        print(f'\n{name}: {part["tokens"]} tokens a step, products {part["peaks"][0] / 1e9:.0f} GFLOP/s before, '
-              f'{part["peaks"][1] / 1e9:.0f} after' + (': noisy' if noisy(part) else ''))
+        print(
+            f'\n{name}: {part["tokens"]} tokens a step, products {part["peaks"][0] / 1e9:.0f} GFLOP/s before, '
+            f'{part["peaks"][1] / 1e9:.0f} after' + (': noisy' if noisy(part) else '')
+        )
         reference = part['seconds']['P n=2']
-        print(table(['variant', 's median', 's min', 'against P n=2, paired', 'min/min'],
-                    [[variant, statistics.median(times), min(times), *ratios(reference, times)]
-                     for variant, times in part['seconds'].items()]))
+        print(
+            table(
+                ['variant', 's median', 's min', 'against P n=2, paired', 'min/min'],
+                [
+                    [variant, statistics.median(times), min(times), *ratios(reference, times)]
+                    for variant, times in part['seconds'].items()
+                ],
+            )
+        )
     rows = verdicts(result['parts'])
     print(f'\n{result["machine"]}')
     print(table(['', 'goal', 'measured', 'target', ''], rows, left=2))
@@ -571,8 +622,10 @@ def machine(args) -> str:
         name = next((line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')), name)
     if args.device == 'cuda':
         name = f'{torch.cuda.get_device_name()}, {name}'
-    return (f'{name}, {torch.get_num_threads()} threads, {platform.system()}, Python {platform.python_version()}, '
-            f'torch {torch.__version__}, fast float32 products: {args.fast_fp32}')
+    return (
+        f'{name}, {torch.get_num_threads()} threads, {platform.system()}, Python {platform.python_version()}, '
+        f'torch {torch.__version__}, fast float32 products: {args.fast_fp32}'
+    )
 
 
 def main() -> None:
@@ -603,8 +656,14 @@ def main() -> None:
         if {key: before[key] for key in settings} != settings:
             parser.error(f'{args.json} is of another machine or size: give another --json')
         result = before
-    run = {'gradients': gradients, 'fp32': lambda a: speed(a, 'fp32'), 'bf16': lambda a: speed(a, 'bf16'),
-           'compiled': lambda a: speed(a, 'bf16', compiled=True), 'memory': memory, 'start': start}
+    run = {
+        'gradients': gradients,
+        'fp32': lambda a: speed(a, 'fp32'),
+        'bf16': lambda a: speed(a, 'bf16'),
+        'compiled': lambda a: speed(a, 'bf16', compiled=True),
+        'memory': memory,
+        'start': start,
+    }
     for name in chosen:
         print(f'{name} ...', flush=True)
         result['parts'][name] = run[name](args)

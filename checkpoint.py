@@ -6,6 +6,7 @@
 A user that does not train exists as its file only, so a run needs memory for the users of one round, however many there are.
 A round is finished once `round.safetensors` has been replaced. Users' files of that round are written before, and the files
 that they supersede deleted after it, so whenever a process dies there is one complete round to continue from."""
+
 import json
 import os
 import re
@@ -46,13 +47,13 @@ def part(tensors: dict, prefix: str) -> dict:
     return {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
 
 
-KEPT = ('rank', 'stacks_seen', 'expert_steps', 'router_steps')     # of a user, beside its tensors
+KEPT = ('rank', 'stacks_seen', 'expert_steps', 'router_steps')  # of a user, beside its tensors
 
 
 def save_user(file: Path, user) -> None:
     """All that a user is between two rounds: adapter, Adam's moments, what the server or other users gave it alone."""
     tensors = {f'adapter/{name}': p for name, p in user.adapter.items()}
-    tensors |= {f'grad/{name}': p.grad for name, p in user.adapter.items() if p.grad is not None}      # of leak_gradients
+    tensors |= {f'grad/{name}': p.grad for name, p in user.adapter.items() if p.grad is not None}  # of leak_gradients
     tensors |= {f'download/{name}': v for name, v in user.download.items()}
     tensors |= {f'pseudo_labels/{i}': v for i, v in enumerate(user.pseudo_labels or ())}
     for which in ('expert_opt', 'router_opt'):

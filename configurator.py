@@ -5,6 +5,7 @@
 Later values win: the script's defaults, then the row of switches that `method` names, then config files and flags in the
 order given. Unknown names are refused, in files as on the command line; a value must have its default's type (an int
 may stand for a float, and one number for a tuple with an entry per user)."""
+
 import ast
 import difflib
 import math
@@ -35,7 +36,7 @@ def configure(script: dict, argv: list[str], rows: dict | None = None, per_user:
     given = {}
     for arg in argv:
         if arg.startswith('--'):
-            key, equals, value = arg[2:].partition('=')             # only the first '=' separates
+            key, equals, value = arg[2:].partition('=')  # only the first '=' separates
             given[known(key, defaults, 'switch', '--')] = parse(key, value) if equals else True
         else:
             for key, value in read_file(arg).items():

@@ -5,6 +5,7 @@
     python eval.py out/a out/b out/c --target=own,mixture        # several runs: one table of test perplexities
 
 The report of one run is also written to RUN/eval.json. Nothing is drawn at random and nothing of the run is changed."""
+
 import argparse
 import contextlib
 import hashlib
@@ -37,23 +38,28 @@ def evaluate(model: GPT, tokens: np.ndarray, block_size: int) -> dict:
     n = len(tokens) - 1
     stream = torch.from_numpy(np.asarray(tokens).astype(np.int64))
     whole = n // block_size * block_size
-    x, y = stream[:whole].view(-1, block_size), stream[1:whole + 1].view(-1, block_size)      # (windows, T) each
-    rows = max(1, (1024 if device.type == 'cpu' else 2 ** 14) // block_size)        # at a time: activations in a CPU's cache
+    x, y = stream[:whole].view(-1, block_size), stream[1 : whole + 1].view(-1, block_size)  # (windows, T) each
+    rows = max(1, (1024 if device.type == 'cpu' else 2**14) // block_size)  # at a time: activations in a CPU's cache
     batches = [*zip(x.split(rows), y.split(rows))] if whole else []
     if whole < n:
-        batches.append((stream[None, whole:n], stream[None, whole + 1:]))
+        batches.append((stream[None, whole:n], stream[None, whole + 1 :]))
     total, scores, top1 = 0.0, None, None
-    quiet = None if os.environ.get('RANK', '0') == '0' else True                   # of several processes one shows progress
-    for x, y in tqdm(batches, desc='evaluate', delay=2, leave=False, disable=quiet):     # shown if it takes long
+    quiet = None if os.environ.get('RANK', '0') == '0' else True  # of several processes one shows progress
+    for x, y in tqdm(batches, desc='evaluate', delay=2, leave=False, disable=quiet):  # shown if it takes long
         loss, routing = model.loss(x.to(device), y.to(device))
         total += loss.item() * y.numel()
         if routing[0] is not None:
             E = routing[0].probs.shape[1]
-            seen = torch.stack([r.probs.sum(0) for r in routing]).cpu().double()                              # (L, E)
-            best = torch.stack([r.chosen[:, 0].bincount(minlength=E) for r in routing]).cpu().double()        # (L, E)
+            seen = torch.stack([r.probs.sum(0) for r in routing]).cpu().double()  # (L, E)
+            best = torch.stack([r.chosen[:, 0].bincount(minlength=E) for r in routing]).cpu().double()  # (L, E)
             scores, top1 = (seen, best) if scores is None else (scores + seen, top1 + best)
-    return {'loss': total / n, 'ppl': perplexity(total / n), 'tokens': n,
-            'scores': None if scores is None else (scores / n).tolist(), 'top1': None if top1 is None else (top1 / n).tolist()}
+    return {
+        'loss': total / n,
+        'ppl': perplexity(total / n),
+        'tokens': n,
+        'scores': None if scores is None else (scores / n).tolist(),
+        'top1': None if top1 is None else (top1 / n).tolist(),
+    }
 
 
 def perplexity(loss: float) -> float:
@@ -83,8 +89,10 @@ def table(header: list, rows: list[list], left: int = 1) -> str:
     """A text table; floats with three decimals, the first columns (`left` of them) to the left."""
     cells = [[*map(cell, row)] for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ['  '.join(c.rjust(w) if i >= left else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
-             for row in cells]
+    lines = [
+        '  '.join(c.rjust(w) if i >= left else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+        for row in cells
+    ]
     return '\n'.join([lines[0], '-' * max(map(len, lines)), *lines[1:]])
 
 
@@ -105,8 +113,10 @@ def read_run(run: Path) -> tuple[dict, list[dict], dict]:
         raise ValueError(f'{run} has no finished round yet: wait for its first checkpoint')
     server, facts = checkpoint.read(folder / 'round.safetensors', 'server/')
     last_round = checkpoint.rounds_of_users(folder, facts['round'])
-    users = [checkpoint.read(checkpoint.user_file(folder, i, last_round[i]), 'adapter/')[0] if i in last_round else {}
-             for i in tested(config)]
+    users = [
+        checkpoint.read(checkpoint.user_file(folder, i, last_round[i]), 'adapter/')[0] if i in last_round else {}
+        for i in tested(config)
+    ]
     return config, users, server if config['aggregate'] in federate.ONE_MODEL else {}
 
 
@@ -125,8 +135,17 @@ def read_adapter(file: Path) -> dict:
 
 def rebuild(base: GPT, tensors: dict, n_experts: int, n_generalists: int, rank: int, config: dict, routed: bool) -> GPT:
     """base with LoRA around it, filled with saved tensors; names that are not there stay at zero, as B does."""
-    model = add_lora(base, n_experts, n_generalists, rank, config['lora_alpha'], config['top_k'], routed,
-                     config['routing_unit'], config['one_routing'])
+    model = add_lora(
+        base,
+        n_experts,
+        n_generalists,
+        rank,
+        config['lora_alpha'],
+        config['top_k'],
+        routed,
+        config['routing_unit'],
+        config['one_routing'],
+    )
     own = {name: p for name, p in model.named_parameters() if name in roles(model)}
     if tensors.keys() - own.keys():
         raise ValueError(f'the adapter has tensors its configuration does not name: {sorted(tensors.keys() - own.keys())[:3]}')
@@ -142,14 +161,16 @@ def models_of(run: Path, base: GPT) -> tuple[dict, list[GPT], GPT | None]:
     config, users, server = read_run(run)
     n, rank = (v if isinstance(v, list) else [v] * len(config['users']) for v in (config['n_experts'], config['lora_rank']))
     k = config['n_generalists']
-    if config['aggregate'] == 'flora':                              # the base that the last round began with
+    if config['aggregate'] == 'flora':  # the base that the last round began with
         merged = run / 'adapters' / 'base.safetensors'
         if not merged.exists():
             raise ValueError(f'{run} merges into its base, which it saves when it has finished: wait for that')
         base = load_gpt(str(merged)).to(base.wte.weight.device)
     generalist = rebuild(base, server, k, k, rank[0], config, routed=False) if server and k else None
-    models = [rebuild(base, tensors, n[i], k, rank[i], config, config['router'] != 'mean') if tensors else generalist or base
-              for i, tensors in zip(tested(config), users)]
+    models = [
+        rebuild(base, tensors, n[i], k, rank[i], config, config['router'] != 'mean') if tensors else generalist or base
+        for i, tensors in zip(tested(config), users)
+    ]
     return config, models * len(config['users']) if config['pooled'] else models, generalist
 
 
@@ -180,9 +201,17 @@ def report_one(run: Path, config: dict, models: list, generalist: GPT | None, st
     T, users = config['block_size'], []
     for name, model, data in tqdm([*zip(names_of(config), models, streams)], desc=str(run), disable=None, leave=False):
         result = evaluate(model, data['test'], T)
-        users.append({'name': name, 'test_ppl': result['ppl'], 'valid_ppl': evaluate(model, data['valid'], T)['ppl'],
-                      'generalist_test_ppl': evaluate(generalist, data['test'], T)['ppl'] if generalist else None,
-                      'test_tokens': result['tokens'], 'scores': result['scores'], 'top1': result['top1']})
+        users.append(
+            {
+                'name': name,
+                'test_ppl': result['ppl'],
+                'valid_ppl': evaluate(model, data['valid'], T)['ppl'],
+                'generalist_test_ppl': evaluate(generalist, data['test'], T)['ppl'] if generalist else None,
+                'test_tokens': result['tokens'],
+                'scores': result['scores'],
+                'top1': result['top1'],
+            }
+        )
     columns = ('test_ppl', 'valid_ppl', 'generalist_test_ppl')
     means = {f'mean_{c}': mean([u[c] for u in users]) for c in columns}
     rows = [[u['name'], *(u[c] for c in columns)] for u in users] + [['mean', *means.values()]]
@@ -191,11 +220,20 @@ def report_one(run: Path, config: dict, models: list, generalist: GPT | None, st
     for key, title in (('scores', 'mean softmax score'), ('top1', 'share of tokens whose top-1 it is')):
         if any(u[key] for u in users):
             print(f'\n{title} per layer and expert, test (expert 0 first; generalists: {config["n_generalists"]})')
-            print(table(['layer', *(u['name'] for u in users)],
-                        [[layer, *(' '.join(f'{s:.2f}' for s in u[key][layer]) if u[key] else '-' for u in users)]
-                         for layer in range(models[0].config.n_layer)]))
-    (run / 'eval.json').write_text(json.dumps(
-        {'method': config['method'], 'dataset': config['dataset'], 'target': target, **means, 'users': users}, indent=1))
+            print(
+                table(
+                    ['layer', *(u['name'] for u in users)],
+                    [
+                        [layer, *(' '.join(f'{s:.2f}' for s in u[key][layer]) if u[key] else '-' for u in users)]
+                        for layer in range(models[0].config.n_layer)
+                    ],
+                )
+            )
+    (run / 'eval.json').write_text(
+        json.dumps(
+            {'method': config['method'], 'dataset': config['dataset'], 'target': target, **means, 'users': users}, indent=1
+        )
+    )
     print(f'\nwrote {run}/eval.json')
 
 
@@ -216,7 +254,7 @@ def main() -> None:
         if fingerprint(base) != first['base_sha256']:
             die(f'{source} is not the base that {args.runs[0]} was trained on (SHA-256 differs)')
         fast_fp32(base.wte.weight.device.type)
-        if first['dtype'] == 'bfloat16':                            # as in train.py
+        if first['dtype'] == 'bfloat16':  # as in train.py
             store_in_bf16(base)
         loaded = {run: models_of(run, base) for run in args.runs}
         data = {(run, t): texts(config, base, t) for run, (config, *_) in loaded.items() for t in targets}
@@ -231,7 +269,7 @@ def main() -> None:
         if len(args.runs) == 1:
             report_one(args.runs[0], *loaded[args.runs[0]], data[args.runs[0], targets[0]], targets[0])
             return
-        columns = {'base model': []}                                # name: perplexity of every row, target after target
+        columns = {'base model': []}  # name: perplexity of every row, target after target
         for run, (config, models, _) in tqdm(loaded.items(), desc='test perplexity', disable=None, leave=False):
             columns[run.name] = []
             for t in targets:

@@ -7,6 +7,7 @@ Sums run in float64 and do not depend on the order of the users (`order_free_sum
 
 Shapes: N users, r_k the rank of user k, P positions of public text, K likeliest tokens at each, V vocabulary.
 """
+
 import json
 import sys
 from collections.abc import Iterator
@@ -17,9 +18,9 @@ import torch.nn.functional as F
 from safetensors.torch import load, save
 
 Tensors = dict[str, torch.Tensor]
-Predictions = tuple[torch.Tensor, torch.Tensor]     # token ids (P, K) int32, their logits or probabilities (P, K) float16
+Predictions = tuple[torch.Tensor, torch.Tensor]  # token ids (P, K) int32, their logits or probabilities (P, K) float16
 
-ONE_MODEL = ('fedavg', 'ffa', 'median', 'trimmed_mean')    # rules whose result is a model for everybody, newcomers included
+ONE_MODEL = ('fedavg', 'ffa', 'median', 'trimmed_mean')  # rules whose result is a model for everybody, newcomers included
 
 
 def shared_names(roles: dict[str, str], share_attention: bool, factors: str = 'AB') -> list[str]:
@@ -55,7 +56,7 @@ def weighted_sum(updates: list[Tensors], weights: list[float]) -> Tensors:
     if len(weights) != len(updates):
         raise ValueError(f'{len(weights)} weights for {len(updates)} updates')
     for name, t in stacked(updates):
-        w = torch.tensor(weights, dtype=torch.float64).view(-1, *[1] * (t.dim() - 1))           # (N, 1, ...)
+        w = torch.tensor(weights, dtype=torch.float64).view(-1, *[1] * (t.dim() - 1))  # (N, 1, ...)
         total[name] = order_free_sum(w * t)
     return like(total, updates[0])
 
@@ -64,8 +65,8 @@ def order_free_sum(t: torch.Tensor) -> torch.Tensor:
     """Σ_k t_k (N, ...) float64 -> (...), the same bits in whatever order the users come: terms are rounded to multiples of
     2^-52 of N times the largest, whose sums are exact. The error of a mean is below N 2^-52 of the largest term. (Adding
     sorted values is as order-free and takes three times as long.)"""
-    most = torch.maximum(t.amax(0), -t.amin(0)) * len(t)                                        # (...)
-    scale = torch.ldexp(torch.ones_like(most), 52 - torch.frexp(most).exponent)                 # powers of two
+    most = torch.maximum(t.amax(0), -t.amin(0)) * len(t)  # (...)
+    scale = torch.ldexp(torch.ones_like(most), 52 - torch.frexp(most).exponent)  # powers of two
     return (t * scale).round_().sum(0) / scale
 
 
@@ -81,13 +82,13 @@ def trimmed_mean(updates: list[Tensors], trim: float) -> Tensors:
     """The mean of every coordinate without its ⌊trim N⌋ smallest and as many largest values (Yin et al. 2018, 1803.01498):
     bounded influence of up to trim N hostile users, 0 <= trim < 1/2."""
     cut = int(trim * len(updates))
-    return like({name: t.sort(0).values[cut:len(updates) - cut].mean(0) for name, t in stacked(updates)}, updates[0])
+    return like({name: t.sort(0).values[cut : len(updates) - cut].mean(0) for name, t in stacked(updates)}, updates[0])
 
 
 def median(updates: list[Tensors]) -> Tensors:
     """The median of every coordinate (Yin et al. 2018); of an even number, the mean of the middle two."""
     cut = (len(updates) - 1) // 2
-    return like({name: t.sort(0).values[cut:len(updates) - cut].mean(0) for name, t in stacked(updates)}, updates[0])
+    return like({name: t.sort(0).values[cut : len(updates) - cut].mean(0) for name, t in stacked(updates)}, updates[0])
 
 
 # ---- trust: every user gets an average of its own (PCL, 2404.09753) --------------------------------------------------
@@ -104,7 +105,7 @@ def trust_matrix(scores: torch.Tensor, temperature: float) -> torch.Tensor:
 def weight_scores(updates: list[Tensors]) -> torch.Tensor:
     """PCL strategy 1: S_ij = mean over the rows of all tensors of cos(row of θ_i, row of θ_j). (N, N)"""
     scores, rows = 0, 0
-    for _, t in stacked(updates):                                   # (N, rows, columns)
+    for _, t in stacked(updates):  # (N, rows, columns)
         unit = F.normalize(t, dim=2)
         scores, rows = scores + torch.einsum('irc,jrc->ij', unit, unit), rows + t.shape[1]
     return scores / rows
@@ -120,7 +121,7 @@ def prediction_scores(predictions: list[Predictions], vocab_size: int) -> torch.
     """PCL strategy 3: S_ij = -10 d_ij / Σ_k d_ik, d_ij = Σ |z_i - z_j| over a public text, z the logits with all but each
     position's largest K set to 0. All equal: 0. (N, N)"""
     d = 0
-    for z in dense(predictions, vocab_size):                        # (N, p, V)
+    for z in dense(predictions, vocab_size):  # (N, p, V)
         d = d + torch.stack([(z - row).abs().sum((1, 2)) for row in z]).double()
     return -10 * d / d.sum(1, keepdim=True).clamp_min(1e-30)
 
@@ -133,7 +134,7 @@ def pairs(update: Tensors) -> list[str]:
 
 def check_but_for_ranks(updates: list[Tensors], *numbers: list[float]) -> None:
     """Raises ValueError unless all updates have the same LoRAs, of the same shapes but for the rank, and one number each."""
-    shapes = [{name: t.shape[name.endswith('.A')] for name, t in update.items()} for update in updates]     # in of A, out of B
+    shapes = [{name: t.shape[name.endswith('.A')] for name, t in update.items()} for update in updates]  # in of A, out of B
     for i, (update, shape) in enumerate(zip(updates, shapes)):
         if shape != shapes[0] or any(len(update[n + '.A']) != update[n + '.B'].shape[1] for n in pairs(update)):
             raise ValueError(f'update {i} has other tensors or shapes than update 0, or a LoRA whose A and B differ in rank')
@@ -143,8 +144,9 @@ def check_but_for_ranks(updates: list[Tensors], *numbers: list[float]) -> None:
 
 def truncate(update: Tensors, rank: int) -> Tensors:
     """The first `rank` components of every generalist: A[:r, :], B[:, :r]. Attention LoRAs have one rank for all."""
-    return {name: t if 'generalists' not in name else t[:rank] if name.endswith('.A') else t[:, :rank]
-            for name, t in update.items()}
+    return {
+        name: t if 'generalists' not in name else t[:rank] if name.endswith('.A') else t[:, :rank] for name, t in update.items()
+    }
 
 
 def hetlora(updates: list[Tensors], scalings: list[float]) -> Tensors:
@@ -156,8 +158,8 @@ def hetlora(updates: list[Tensors], scalings: list[float]) -> Tensors:
     for name in pairs(updates[0]):
         r_max = max(u[name + '.A'].shape[0] for u in updates)
         A, B = ([u[name + f].cpu().double() for u in updates] for f in ('.A', '.B'))
-        A = [F.pad(a, (0, 0, 0, r_max - len(a))) for a in A]        # (r_max, in)
-        B = [F.pad(b, (0, r_max - b.shape[1])) for b in B]          # (out, r_max)
+        A = [F.pad(a, (0, 0, 0, r_max - len(a))) for a in A]  # (r_max, in)
+        B = [F.pad(b, (0, r_max - b.shape[1])) for b in B]  # (out, r_max)
         # |B A|_F² = tr((A Aᵀ)(Bᵀ B)): r x r products instead of one that is out x in
         norm = torch.stack([g * ((a @ a.T) * (b.T @ b)).sum().clamp_min(0).sqrt() for g, a, b in zip(scalings, A, B)])
         p = norm / norm.sort().values.sum() if norm.sum() > 0 else torch.full_like(norm, 1 / len(updates))
@@ -190,9 +192,9 @@ def flexlora(updates: list[Tensors], weights: list[float], scalings: list[float]
     W has rank Σ r_k at most, so its SVD is that of a Σ r_k x Σ r_k matrix between two orthonormal bases, in float64."""
     server = flora(updates, weights, scalings)
     for name in pairs(server):
-        Q_b, R_b = torch.linalg.qr(server[name + '.B'].cpu().double())    # (out, s), (s, Σr)
+        Q_b, R_b = torch.linalg.qr(server[name + '.B'].cpu().double())  # (out, s), (s, Σr)
         Q_a, R_a = torch.linalg.qr(server[name + '.A'].cpu().double().T)  # (in, s'), (s', Σr)
-        U, S, Vt = torch.linalg.svd(R_b @ R_a.T, full_matrices=False)     # m = min(s, s') singular values
+        U, S, Vt = torch.linalg.svd(R_b @ R_a.T, full_matrices=False)  # m = min(s, s') singular values
         server[name + '.B'], server[name + '.A'] = Q_b @ U * S, Vt @ Q_a.T
     return like(server, updates[0])
 
@@ -200,8 +202,12 @@ def flexlora(updates: list[Tensors], weights: list[float], scalings: list[float]
 def of_rank(server: Tensors, rank: int, scaling: float) -> Tensors:
     """What a user of that rank and scaling γ takes from `flexlora`: A = Vᵀ[:r], B = U[:, :r] Σ[:r] / γ, the best
     approximation of W with its rank (Eckart-Young), exact if rank W <= r. A rank above the matrix's own leaves zeros."""
-    return {name: F.pad(t[:rank], (0, 0, 0, max(0, rank - len(t)))) if name.endswith('.A') else
-            F.pad(t[:, :rank], (0, max(0, rank - t.shape[1]))) / scaling for name, t in server.items()}
+    return {
+        name: F.pad(t[:rank], (0, 0, 0, max(0, rank - len(t))))
+        if name.endswith('.A')
+        else F.pad(t[:, :rank], (0, max(0, rank - t.shape[1]))) / scaling
+        for name, t in server.items()
+    }
 
 
 def fuse(own: Tensors, mean: Tensors, w1: float, w2: float) -> Tensors:
@@ -217,7 +223,7 @@ def top_predictions(model: torch.nn.Module, windows: torch.Tensor, k: int, logit
     logits), 6 bytes each. windows (W, T) int64; P = W T."""
     ids, values = [], []
     for x in windows.split(8):
-        z = model(x)[0].flatten(0, 1).float()                       # (p, V)
+        z = model(x)[0].flatten(0, 1).float()  # (p, V)
         top = (z if logits else z.softmax(-1)).topk(min(k, z.shape[1]))
         ids.append(top.indices.int())
         values.append(top.values.half())
@@ -226,22 +232,25 @@ def top_predictions(model: torch.nn.Module, windows: torch.Tensor, k: int, logit
 
 def dense(predictions: list[Predictions], vocab_size: int):
     """Yields (N, p, V) float32 of a few positions p at a time, zero where a token is not among its user's K."""
-    p = max(1, 2 ** 24 // (vocab_size * len(predictions)))          # 64 MB at a time
+    p = max(1, 2**24 // (vocab_size * len(predictions)))  # 64 MB at a time
     for at in range(0, len(predictions[0][0]), p):
-        yield torch.stack([torch.zeros(len(ids[at:at + p]), vocab_size).scatter(1, ids[at:at + p].long(),
-                                                                             values[at:at + p].float())
-                           for ids, values in predictions])
+        yield torch.stack(
+            [
+                torch.zeros(len(ids[at : at + p]), vocab_size).scatter(1, ids[at : at + p].long(), values[at : at + p].float())
+                for ids, values in predictions
+            ]
+        )
 
 
 def prediction_trust(predictions: list[Predictions], vocab_size: int) -> torch.Tensor:
     """W_ij = s_ij / Σ_k s_ik, s_ij = mean over positions of cos(p_j, p_i) / (H(p_i) + 1), H the entropy in nats: positions
     where i is sure count more (METHOD 3.2). From the K probabilities; H takes what is left as one more class. (N, N)"""
     s = 0
-    for p in dense(predictions, vocab_size):                        # (N, p, V)
-        rest = (1 - p.sum(2, keepdim=True)).clamp_min(0)            # (N, p, 1)
-        H = torch.special.entr(torch.cat((p, rest), 2)).sum(2)      # (N, p)
+    for p in dense(predictions, vocab_size):  # (N, p, V)
+        rest = (1 - p.sum(2, keepdim=True)).clamp_min(0)  # (N, p, 1)
+        H = torch.special.entr(torch.cat((p, rest), 2)).sum(2)  # (N, p)
         unit = F.normalize(p, dim=2)
-        cos = torch.stack([(unit * row).sum(2) for row in unit])    # (N, N, p)
+        cos = torch.stack([(unit * row).sum(2) for row in unit])  # (N, N, p)
         s = s + (cos / (H[:, None] + 1)).sum(2).double()
     return s / s.sum(1, keepdim=True)
 
@@ -249,7 +258,7 @@ def prediction_trust(predictions: list[Predictions], vocab_size: int) -> torch.T
 def consensus(predictions: list[Predictions], weights: list[float], vocab_size: int) -> Predictions:
     """ψ = Σ_j w_j p_j, one user's pseudo-labels: the K likeliest tokens of the weighted predictions."""
     k, ids, values = predictions[0][0].shape[1], [], []
-    for p in dense(predictions, vocab_size):                        # (N, p, V)
+    for p in dense(predictions, vocab_size):  # (N, p, V)
         top = torch.einsum('n,npv->pv', torch.tensor(weights), p).topk(k)
         ids.append(top.indices.int())
         values.append(top.values.half())
@@ -259,8 +268,8 @@ def consensus(predictions: list[Predictions], weights: list[float], vocab_size: 
 def consensus_loss(logits: torch.Tensor, psi: Predictions) -> torch.Tensor:
     """CE(ψ, p) in nats, mean over positions, over K + 1 classes: ψ's tokens and all others as one. logits (p, V)."""
     ids, target = psi[0].long(), psi[1].float()
-    log_p = logits.float().log_softmax(-1)                                                  # (p, V)
-    loss = -(target * log_p.gather(1, ids)).sum(1)                                          # (p,)
+    log_p = logits.float().log_softmax(-1)  # (p, V)
+    loss = -(target * log_p.gather(1, ids)).sum(1)  # (p,)
     if ids.shape[1] < log_p.shape[1]:
         loss = loss - (1 - target.sum(1)).clamp_min(0) * log_p.scatter(1, ids, -torch.inf).logsumexp(1)
     return loss.mean()
@@ -280,11 +289,13 @@ def all_gather(tensors: Tensors, facts: object = None) -> list[tuple[Tensors, ob
     try:
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
         dist.all_gather(sizes, torch.tensor([len(mine)]))
-        for source, size in enumerate(sizes):                   # in turn, because sizes differ
+        for source, size in enumerate(sizes):  # in turn, because sizes differ
             buffer = mine if source == dist.get_rank() else torch.empty(int(size), dtype=torch.uint8)
             dist.broadcast(buffer, source)
             found.append(load(buffer.numpy().tobytes()))
     except RuntimeError as error:
-        sys.exit(f'process {dist.get_rank()} of {dist.get_world_size()} has lost another one '
-                 f'({str(error).splitlines()[0][:80]}): the last finished round is kept, continue with --resume')
+        sys.exit(
+            f'process {dist.get_rank()} of {dist.get_world_size()} has lost another one '
+            f'({str(error).splitlines()[0][:80]}): the last finished round is kept, continue with --resume'
+        )
     return [(them, json.loads(them.pop('facts of this process').numpy().tobytes())) for them in found]

@@ -24,6 +24,7 @@ The names of the tensors tell their roles, and with them what may leave a device
     h.{l}.mlp.specialists.{j}.{c_fc,c_proj}.{A,B}     specialist  never leaves
     h.{l}.mlp.router.weight                           router      never leaves
 """
+
 import copy
 import hashlib
 import math
@@ -50,7 +51,7 @@ class LoRA(nn.Module):
     def add_to(self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | float = 1.0) -> torch.Tensor:
         """y + weight γ B A x for x (N, in), y (N, out), weight (N, 1) or a number. The scalars go on the narrow r columns
         and the sum into the second product: no pass over (N, out) of its own."""
-        low = F.linear(x, self.A) * (weight * self.scaling)         # (N, r)
+        low = F.linear(x, self.A) * (weight * self.scaling)  # (N, r)
         return torch.addmm(y, low.to(y.dtype), self.B.t().to(y.dtype))
 
     def extra_repr(self) -> str:
@@ -66,7 +67,7 @@ class LoRALinear(nn.Module):
         self.lora = LoRA(frozen.in_features, frozen.out_features, rank, alpha)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.frozen(x)                                          # (B, T, out)
+        y = self.frozen(x)  # (B, T, out)
         return self.lora.add_to(y.flatten(0, 1), x.flatten(0, 1)).view(y.shape)
 
 
@@ -81,8 +82,9 @@ class Expert(nn.Module):
 
 class Routing(NamedTuple):
     """What one layer's router decided: the numbers behind load balancing (1.3) and the routing shares (Fig. 4)."""
-    probs: torch.Tensor    # (N, E) softmax over all experts' logits, float32
-    chosen: torch.Tensor   # (N, K) the experts that ran, best first
+
+    probs: torch.Tensor  # (N, E) softmax over all experts' logits, float32
+    chosen: torch.Tensor  # (N, K) the experts that ran, best first
     weights: torch.Tensor  # (N, K) their weights
 
 
@@ -97,12 +99,12 @@ class Mixture(torch.autograd.Function):
     def forward(ctx, x, w, chosen, r, F_, b_F, P, A1, B1, A2, B2) -> torch.Tensor:
         """x (N, C), w (N, K), chosen (N, K) or None: slot k is expert k; r: LoRA rank; F_ (4C, C), b_F (4C,), P (C, 4C),
         A1 (E r, C), B1 (4C, E r), A2 (E r, 4C), B2 (C, E r), all of one dtype -> (N, C)."""
-        h = torch.addmm(b_F, x, F_.t())                             # (N, 4C)
-        low1 = x @ A1.t()                                           # (N, E r)
+        h = torch.addmm(b_F, x, F_.t())  # (N, 4C)
+        low1 = x @ A1.t()  # (N, E r)
         low2, mixed, kept = torch.zeros_like(low1), None, []
         for k, (columns, mine) in enumerate(slots(chosen, r, low1)):
-            w_k = w[:, k, None]                                     # (N, 1)
-            add = h.addmm_ if k == w.shape[1] - 1 else partial(torch.addmm, h)              # the last may have h's place
+            w_k = w[:, k, None]  # (N, 1)
+            add = h.addmm_ if k == w.shape[1] - 1 else partial(torch.addmm, h)  # the last may have h's place
             h_k = add(low1[:, columns] * mine, B1[:, columns].t())  # (N, 4C)
             a = F.gelu(h_k, approximate='tanh')
             low2[:, columns] += a @ A2[columns].t() * (mine * w_k)
@@ -116,25 +118,25 @@ class Mixture(torch.autograd.Function):
     def backward(ctx, dy: torch.Tensor) -> tuple:
         x, w, chosen, low1, low2, F_, P, A1, B1, A2, B2, *kept = ctx.saved_tensors
         need_x, *_, need_A1, need_B1, need_A2, need_B2 = ctx.needs_input_grad
-        dmixed, dlow2 = dy @ P, dy @ B2                             # (N, 4C), (N, E r)
+        dmixed, dlow2 = dy @ P, dy @ B2  # (N, 4C), (N, E r)
         dh, dw, dlow1 = None, torch.empty_like(w), torch.zeros_like(low1)
         dB1, dA2 = torch.zeros_like(B1), torch.zeros_like(A2)
         for k, (columns, mine) in enumerate(slots(chosen, ctx.r, low1)):
             w_k, low, d = w[:, k, None], low1[:, columns] * mine, dlow2[:, columns] * mine
-            h_k, a = kept[2 * k:2 * k + 2]
+            h_k, a = kept[2 * k : 2 * k + 2]
             add = dmixed.addmm_ if k == w.shape[1] - 1 else partial(torch.addmm, dmixed)
-            da = add(d, A2[columns])                                # (N, 4C) of w_k a, over w_k
+            da = add(d, A2[columns])  # (N, 4C) of w_k a, over w_k
             if need_A2:
                 dA2[columns] += (d * w_k).t() @ a
             dw[:, k] = (a * da).sum(1)
-            g = torch.ops.aten.gelu_backward(da, h_k, approximate='tanh')                   # of h_k, over w_k
+            g = torch.ops.aten.gelu_backward(da, h_k, approximate='tanh')  # of h_k, over w_k
             if need_B1:
                 dB1[:, columns] += g.t() @ (low * w_k)
             dlow1[:, columns] += g @ B1[:, columns] * (mine * w_k)
             dh = g.mul_(w_k) if k == 0 else dh.addcmul_(g, w_k)
-        return (torch.addmm(dlow1 @ A1, dh, F_) if need_x else None, dw, None, None, None, None, None,
-                dlow1.t() @ x if need_A1 else None, dB1 if need_B1 else None, dA2 if need_A2 else None,
-                dy.t() @ low2 if need_B2 else None)
+        dx = torch.addmm(dlow1 @ A1, dh, F_) if need_x else None
+        dA1, dB2 = dlow1.t() @ x if need_A1 else None, dy.t() @ low2 if need_B2 else None
+        return dx, dw, None, None, None, None, None, dA1, dB1 if need_B1 else None, dA2 if need_A2 else None, dB2
 
 
 def slots(chosen: torch.Tensor | None, r: int, low: torch.Tensor) -> list[tuple]:
@@ -143,7 +145,7 @@ def slots(chosen: torch.Tensor | None, r: int, low: torch.Tensor) -> list[tuple]
     Where slot k is expert k, its r columns; else all columns, and 1 on those of the expert that the token chose k-th."""
     if chosen is None:
         return [(slice(k, k + r), 1.0) for k in range(0, low.shape[1], r)]
-    owner = torch.arange(low.shape[1], device=low.device) // r                              # (E r,)
+    owner = torch.arange(low.shape[1], device=low.device) // r  # (E r,)
     return [(slice(None), (chosen[:, k, None] == owner).to(low.dtype)) for k in range(chosen.shape[1])]
 
 
@@ -153,10 +155,19 @@ class LoRAMoE(nn.Module):
     routing_unit is what one decision covers (METHOD 3.1): 'token'; 'prefix', the mean of the router's inputs up to and
     including the token, causal; 'sequence', their mean over the window, which looks ahead."""
 
-    def __init__(self, mlp: MLP, n_experts: int, n_generalists: int, rank: int, alpha: float, top_k: int, routed: bool,
-                 routing_unit: str = 'token'):
+    def __init__(
+        self,
+        mlp: MLP,
+        n_experts: int,
+        n_generalists: int,
+        rank: int,
+        alpha: float,
+        top_k: int,
+        routed: bool,
+        routing_unit: str = 'token',
+    ):
         super().__init__()
-        self.c_fc, self.c_proj = mlp.c_fc, mlp.c_proj               # frozen, one copy for all experts of all users
+        self.c_fc, self.c_proj = mlp.c_fc, mlp.c_proj  # frozen, one copy for all experts of all users
         self.generalists = nn.ModuleList([Expert(mlp, rank, alpha) for _ in range(n_generalists)])
         self.specialists = nn.ModuleList([Expert(mlp, rank, alpha) for _ in range(n_experts - n_generalists)])
         self.top_k, self.routing_unit = min(top_k, n_experts), routing_unit
@@ -169,35 +180,35 @@ class LoRAMoE(nn.Module):
         routing = routing if self.router is None else self.route(x)
         dtype, shape, E = product_dtype(x), x.shape, len(experts)
         c_fc, c_proj = [e.c_fc for e in experts], [e.c_proj for e in experts]
-        x = x.flatten(0, 1).to(dtype)                               # (N, C)
-        chosen = None                                               # every token meets every expert, expert j in slot j
+        x = x.flatten(0, 1).to(dtype)  # (N, C)
+        chosen = None  # every token meets every expert, expert j in slot j
         if routing is None:
             w = x.new_full((len(x), E), 1 / E)
         elif self.top_k == E:
-            w = routing.probs                                       # (N, E)
+            w = routing.probs  # (N, E)
         else:
-            w, chosen = routing.weights, routing.chosen             # (N, K) each
+            w, chosen = routing.weights, routing.chosen  # (N, K) each
         with torch.autocast(x.device.type, enabled=False):
             # all experts' LoRAs side by side: A (E r, in), with γ in it, and B (out, E r)
             A1, A2 = (torch.cat([lora.A * lora.scaling for lora in loras]).to(dtype) for loras in (c_fc, c_proj))
             B1, B2 = (torch.cat([lora.B for lora in loras], 1).to(dtype) for loras in (c_fc, c_proj))
             F_, b_F, P, b_P = (p.to(dtype) for p in (self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias))
-            y = Mixture.apply(x, w.to(dtype), chosen, experts[0].c_fc.A.shape[0], F_, b_F, P, A1, B1, A2, B2)           # (N, C)
+            y = Mixture.apply(x, w.to(dtype), chosen, experts[0].c_fc.A.shape[0], F_, b_F, P, A1, B1, A2, B2)  # (N, C)
             # a lone top-1 weight is below 1: b_P is scaled too
             y = y + (w.to(dtype) * b_P if chosen is not None and self.top_k == 1 else b_P)
         return y.view(shape), routing
 
     def route(self, x: torch.Tensor) -> Routing:
         """x (B, T, C) -> which K experts run for each token, and with what weight (METHOD 1.1)."""
-        with torch.autocast(x.device.type, enabled=False):          # float32: bf16 rounding flips near-ties
-            logits = F.linear(x.float(), self.router.weight)        # (B, T, E); linear: a mean of inputs is one of logits
+        with torch.autocast(x.device.type, enabled=False):  # float32: bf16 rounding flips near-ties
+            logits = F.linear(x.float(), self.router.weight)  # (B, T, E); linear: a mean of inputs is one of logits
         if self.routing_unit == 'prefix':
             logits = logits.cumsum(1) / torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]
         elif self.routing_unit == 'sequence':
             logits = logits.mean(1, keepdim=True).expand_as(logits)
-        logits = logits.flatten(0, 1)                               # (N, E)
-        probs = logits.softmax(-1)                                  # (N, E)
-        best, chosen = logits.topk(self.top_k)                      # (N, K), (N, K)
+        logits = logits.flatten(0, 1)  # (N, E)
+        probs = logits.softmax(-1)  # (N, E)
+        best, chosen = logits.topk(self.top_k)  # (N, K), (N, K)
         weights = probs.gather(1, chosen) if self.top_k == 1 else best.softmax(-1)
         return Routing(probs, chosen, weights)
 
@@ -217,14 +228,14 @@ class GhostNoise(nn.Module):
         self.n = n
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        B = len(x)                                                                  # x (B, T, C)
+        B = len(x)  # x (B, T, C)
         if not self.training or B == 1:
             return x
         with torch.no_grad():
-            first, second = x.float().mean(1), x.float().square().mean(1)           # (B, C) E[x], E[x²] of each sequence
+            first, second = x.float().mean(1), x.float().square().mean(1)  # (B, C) E[x], E[x²] of each sequence
             others = torch.randint(B - 1, (B, self.n), device=x.device)
-            others += others >= torch.arange(B, device=x.device)[:, None]           # (B, n), never b itself
-            drawn, pool = first[others].mean(1), (first.sum(0) - first) / (B - 1)   # (B, C) μ~, μ
+            others += others >= torch.arange(B, device=x.device)[:, None]  # (B, n), never b itself
+            drawn, pool = first[others].mean(1), (first.sum(0) - first) / (B - 1)  # (B, C) μ~, μ
             drawn_var = second[others].mean(1) - drawn.square()
             pool_var = (second.sum(0) - second) / (B - 1) - pool.square()
             scale = ((pool_var.clamp_min(0) + 1e-3) / (drawn_var.clamp_min(0) + 1e-3)).sqrt()
@@ -245,8 +256,8 @@ def load_balance_loss(routing: list[Routing | None], kind: str) -> torch.Tensor 
     total = 0.0
     for probs, chosen, _ in routing:
         E, K = probs.shape[1], chosen.shape[1]
-        f = F.one_hot(chosen, E).sum(1).float().mean(0)             # (E,)
-        P = probs.mean(0)                                           # (E,)
+        f = F.one_hot(chosen, E).sum(1).float().mean(0)  # (E,)
+        P = probs.mean(0)  # (E,)
         if kind == 'uniform':
             total = total + E * (f / K * P).sum()
         else:
@@ -254,25 +265,38 @@ def load_balance_loss(routing: list[Routing | None], kind: str) -> torch.Tensor 
     return total / len(routing)
 
 
-def add_lora(base: GPT, n_experts: int, n_generalists: int, rank: int, alpha: float = 16, top_k: int = 2,
-             routed: bool = True, routing_unit: str = 'token', one_routing: bool = False, ghost_noise: int = 0,
-             attention_rank: int = 8) -> GPT:
+def add_lora(
+    base: GPT,
+    n_experts: int,
+    n_generalists: int,
+    rank: int,
+    alpha: float = 16,
+    top_k: int = 2,
+    routed: bool = True,
+    routing_unit: str = 'token',
+    one_routing: bool = False,
+    ghost_noise: int = 0,
+    attention_rank: int = 8,
+) -> GPT:
     """A user's model: `base`'s own frozen weights, shared and not copied, under this user's LoRA and routers.
 
     one_routing: only the first layer has a router, and its decision holds for all. ghost_noise: n of GhostNoise, 0 for none.
 
     The new A and router tensors are uninitialised: `initial` fills them. Raises ValueError if the experts are too few."""
     if not 0 <= n_generalists <= n_experts or n_experts < 1:
-        raise ValueError(f'n_experts={n_experts}, n_generalists={n_generalists}: a user needs at least one expert, and '
-                         'n_generalists of them (0 or more) are generalists')
+        raise ValueError(
+            f'n_experts={n_experts}, n_generalists={n_generalists}: a user needs at least one expert, and '
+            'n_generalists of them (0 or more) are generalists'
+        )
     base.requires_grad_(False)
-    leaves = [m for m in base.modules() if not any(m.children())]   # frozen, so all users can have the same ones
+    leaves = [m for m in base.modules() if not any(m.children())]  # frozen, so all users can have the same ones
     model = copy.deepcopy(base, {id(shared): shared for shared in leaves})
     for layer, block in enumerate(model.h):
         block.attn.c_attn = LoRALinear(block.attn.c_attn, attention_rank, alpha)
         block.attn.c_proj = LoRALinear(block.attn.c_proj, attention_rank, alpha)
-        block.mlp = LoRAMoE(block.mlp, n_experts, n_generalists, rank, alpha, top_k,
-                            routed and (layer == 0 or not one_routing), routing_unit)
+        block.mlp = LoRAMoE(
+            block.mlp, n_experts, n_generalists, rank, alpha, top_k, routed and (layer == 0 or not one_routing), routing_unit
+        )
         if ghost_noise:
             block.ln_1, block.ln_2 = (nn.Sequential(ln, GhostNoise(ghost_noise)) for ln in (block.ln_1, block.ln_2))
     return model.to(base.wte.weight.device).eval()
@@ -303,6 +327,6 @@ def initial(name: str, shape: tuple, *key: object) -> torch.Tensor:
     if name.endswith('.B'):
         return torch.zeros(shape)
     if name.endswith('.A'):
-        bound = 1 / math.sqrt(shape[1])                             # kaiming_uniform with a = sqrt(5), as in LoRA's code
+        bound = 1 / math.sqrt(shape[1])  # kaiming_uniform with a = sqrt(5), as in LoRA's code
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
     return torch.empty(shape).normal_(0, 0.02, generator=generator)

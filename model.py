@@ -11,6 +11,7 @@ kept in bfloat16 (store_in_bf16). tests/test_model.py compares each with the pla
 
 Shapes: B sequences, T tokens per sequence, C = n_embd, V = vocab_size, H = n_head, N = B*T.
 """
+
 import json
 import math
 from dataclasses import asdict, dataclass, fields
@@ -20,16 +21,21 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-HUB = {'gpt2': 'openai-community/gpt2', 'gpt2-medium': 'openai-community/gpt2-medium',
-       'gpt2-large': 'openai-community/gpt2-large', 'gpt2-xl': 'openai-community/gpt2-xl'}
+HUB = {
+    'gpt2': 'openai-community/gpt2',
+    'gpt2-medium': 'openai-community/gpt2-medium',
+    'gpt2-large': 'openai-community/gpt2-large',
+    'gpt2-xl': 'openai-community/gpt2-xl',
+}
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')  # Conv1D on the Hub
 
 
 @dataclass
 class GPTConfig:
     """Names and defaults are those of the Hub's config.json; the defaults are GPT-2 124M."""
+
     vocab_size: int = 50257
-    n_positions: int = 1024         # longest sequence, tokens
+    n_positions: int = 1024  # longest sequence, tokens
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -52,27 +58,27 @@ class CrossEntropy(torch.autograd.Function):
         dtype, (N, V) = product_dtype(x), (len(x), len(weight))
         with torch.autocast(x.device.type, enabled=False):
             rows, weight, dx = x.to(dtype), weight.to(dtype), torch.empty_like(x)
-            chunks = math.ceil(N * V / 2 ** (24 if x.device.type == 'cpu' else 28))         # float32: 64 MiB, 1 GiB
+            chunks = math.ceil(N * V / 2 ** (24 if x.device.type == 'cpu' else 28))  # float32: 64 MiB, 1 GiB
             n = math.ceil(N / chunks)
-            logits = rows.new_empty(n, V)                           # one buffer for all chunks: fresh pages cost time
+            logits = rows.new_empty(n, V)  # one buffer for all chunks: fresh pages cost time
             work = logits if dtype == torch.float32 else rows.new_empty(n, V, dtype=torch.float32)
             total = work.new_zeros(())
             for i in range(0, N, n):
-                target, z = targets[i:i + n, None], logits[:N - i]                          # (n, 1), (n, V)
-                e = work[:N - i]
-                e.copy_(torch.mm(rows[i:i + n], weight.t(), out=z))
+                target, z = targets[i : i + n, None], logits[: N - i]  # (n, 1), (n, V)
+                e = work[: N - i]
+                e.copy_(torch.mm(rows[i : i + n], weight.t(), out=z))
                 top = e.amax(1, keepdim=True)
                 total += (top - e.gather(1, target)).sum()
-                Z = e.sub_(top).exp_().sum(1, keepdim=True)         # (n, 1)
+                Z = e.sub_(top).exp_().sum(1, keepdim=True)  # (n, 1)
                 total += Z.log().sum()
-                if ctx.needs_input_grad[0]:                         # (softmax - one-hot) W = e W / Z - W[target]
-                    dx[i:i + n] = (z.copy_(e) @ weight) / Z - weight[target[:, 0]]
+                if ctx.needs_input_grad[0]:  # (softmax - one-hot) W = e W / Z - W[target]
+                    dx[i : i + n] = (z.copy_(e) @ weight) / Z - weight[target[:, 0]]
         ctx.save_for_backward(dx)
         return total / N
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple:
-        dx, = ctx.saved_tensors
+        (dx,) = ctx.saved_tensors
         return dx * (grad / len(dx)), None, None
 
 
@@ -82,19 +88,19 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)   # query, key and value in one product
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, C/H) each
-        if x.device.type == 'cpu' and T <= 128 and torch.is_grad_enabled():     # SDPA's backward is slow there
+        if x.device.type == 'cpu' and T <= 128 and torch.is_grad_enabled():  # SDPA's backward is slow there
             future = torch.ones(T, T, dtype=torch.bool).triu(1)
-            scores = (q * (C // self.n_head) ** -0.5) @ k.transpose(-2, -1)     # (B, H, T, T)
-            y = scores.masked_fill(future, -torch.inf).softmax(-1).to(v.dtype) @ v                # (B, H, T, C/H)
+            scores = (q * (C // self.n_head) ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, T)
+            y = scores.masked_fill(future, -torch.inf).softmax(-1).to(v.dtype) @ v  # (B, H, T, C/H)
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))       # (B, T, C)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -116,8 +122,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: torch.Tensor, routing: object = None) -> tuple:
-        x = x + self.attn(self.ln_1(x))                     # (B, T, C)
-        y, routing = self.mlp(self.ln_2(x), routing)        # (B, T, C)
+        x = x + self.attn(self.ln_1(x))  # (B, T, C)
+        y, routing = self.mlp(self.ln_2(x), routing)  # (B, T, C)
         return x + y, routing
 
 
@@ -125,14 +131,14 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)   # also the output head, transposed
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output head, transposed
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        for name, p in self.named_parameters():                     # GPT-2's initialisation
+        for name, p in self.named_parameters():  # GPT-2's initialisation
             if name.endswith('bias'):
                 nn.init.zeros_(p)
-            elif 'ln_' not in name:                                 # residual projections are scaled by depth
+            elif 'ln_' not in name:  # residual projections are scaled by depth
                 nn.init.normal_(p, std=0.02 / (math.sqrt(2 * config.n_layer) if 'c_proj' in name else 1))
 
     def hidden(self, idx: torch.Tensor) -> tuple[torch.Tensor, list]:
@@ -141,7 +147,7 @@ class GPT(nn.Module):
         idx (B, T) int64, T <= n_positions, else ValueError -> (B, T, C), list of n_layer."""
         if idx.shape[1] > self.config.n_positions:
             raise ValueError(f'a sequence of {idx.shape[1]} tokens, but this GPT-2 has {self.config.n_positions} positions')
-        x = self.wte(idx) + self.wpe.weight[:idx.shape[1]]          # (B, T, C)
+        x = self.wte(idx) + self.wpe.weight[: idx.shape[1]]  # (B, T, C)
         routing, decided = [], None
         for block in self.h:
             x, decided = block(x, decided)
@@ -149,7 +155,7 @@ class GPT(nn.Module):
         return self.ln_f(x), routing
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.wte.weight)                         # (..., C) -> (..., V)
+        return F.linear(x, self.wte.weight)  # (..., C) -> (..., V)
 
     def forward(self, idx: torch.Tensor) -> tuple[torch.Tensor, list]:
         """idx (B, T) -> logits (B, T, V), routing of every layer."""
@@ -161,14 +167,20 @@ class GPT(nn.Module):
 
         idx, targets (B, T); targets are idx one position later."""
         x, routing = self.hidden(idx)
-        x, targets = x.flatten(0, 1), targets.flatten()             # (N, C), (N,)
-        if self.wte.weight.requires_grad and torch.is_grad_enabled():           # pretrain.py: the head is trained too
+        x, targets = x.flatten(0, 1), targets.flatten()  # (N, C), (N,)
+        if self.wte.weight.requires_grad and torch.is_grad_enabled():  # pretrain.py: the head is trained too
             return F.cross_entropy(self.head(x).float(), targets), routing
         return CrossEntropy.apply(x, self.wte.weight, targets), routing
 
     @torch.no_grad()
-    def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-                 seed: int | None = None) -> torch.Tensor:
+    def generate(
+        self,
+        idx: torch.Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int | None = None,
+    ) -> torch.Tensor:
         """Continues idx (B, T), T >= 1, by max_new_tokens sampled tokens -> (B, T + max_new_tokens).
 
         temperature 0 takes the likeliest token; top_k keeps the k likeliest; the seed fixes the sample. The context is
@@ -179,10 +191,10 @@ class GPT(nn.Module):
             raise ValueError(f'temperature {temperature} must be >= 0 and top_k {top_k} >= 1')
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         for _ in range(max_new_tokens):
-            x, _ = self.hidden(idx[:, -self.config.n_positions:])
-            logits = self.head(x[:, -1]).float()                    # (B, V)
+            x, _ = self.hidden(idx[:, -self.config.n_positions :])
+            logits = self.head(x[:, -1]).float()  # (B, V)
             if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)               # (B, 1)
+                new = logits.argmax(-1, keepdim=True)  # (B, 1)
             else:
                 logits = logits / temperature
                 if top_k is not None:
@@ -232,8 +244,10 @@ def load_gpt(source: str) -> GPT:
     given = {name: tuple(t.shape) for name, t in tensors.items()}
     wrong = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
     if wrong:
-        raise ValueError(f'{source} is not the GPT-2 that its config describes: {len(wrong)} tensors differ, first {wrong[0]}: '
-                         f'expected {expected.get(wrong[0], "nothing")}, found {given.get(wrong[0], "nothing")}')
+        raise ValueError(
+            f'{source} is not the GPT-2 that its config describes: {len(wrong)} tensors differ, first {wrong[0]}: '
+            f'expected {expected.get(wrong[0], "nothing")}, found {given.get(wrong[0], "nothing")}'
+        )
     model.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
     return model
 
@@ -241,16 +255,20 @@ def load_gpt(source: str) -> GPT:
 def download(repo: str) -> tuple[list[Path], Path]:
     """The weights and the config of a Hub repository, as local paths. Raises OSError if the Hub cannot be reached."""
     from huggingface_hub import hf_hub_download
+
     try:
         return [Path(hf_hub_download(repo, 'model.safetensors'))], Path(hf_hub_download(repo, 'config.json'))
     except Exception as error:  # the client raises many kinds, all meaning: not there
-        raise OSError(f'cannot get {repo} from the Hugging Face Hub ({type(error).__name__}): connect once, or copy its '
-                      'config.json and model.safetensors into a folder and give that folder as --init_from') from None
+        raise OSError(
+            f'cannot get {repo} from the Hugging Face Hub ({type(error).__name__}): connect once, or copy its '
+            'config.json and model.safetensors into a folder and give that folder as --init_from'
+        ) from None
 
 
 def read_tensors(file: Path) -> tuple[dict, dict]:
     """({name: tensor}, metadata) of a .safetensors or a pickled file of plain tensors. Raises ValueError if unreadable."""
     from safetensors import safe_open
+
     try:
         if file.suffix == '.bin':
             return torch.load(file, map_location='cpu', weights_only=True), {}
@@ -268,8 +286,13 @@ def hub_config(file: Path) -> GPTConfig:
         raise ValueError(f'no readable config.json beside the weights ({error})') from None
     if config.get('model_type') != 'gpt2':
         raise ValueError(f'{file} describes a {config.get("model_type")!r} model, but the base must be a gpt2')
-    fixed = {'activation_function': 'gelu_new', 'n_inner': None, 'scale_attn_weights': True, 'tie_word_embeddings': True,
-             'scale_attn_by_inverse_layer_idx': False}
+    fixed = {
+        'activation_function': 'gelu_new',
+        'n_inner': None,
+        'scale_attn_weights': True,
+        'tie_word_embeddings': True,
+        'scale_attn_by_inverse_layer_idx': False,
+    }
     for key, value in fixed.items():
         if config.get(key, value) != value and not (key == 'n_inner' and config[key] == 4 * config['n_embd']):
             raise ValueError(f'{file}: {key}={config[key]!r} is not GPT-2 as released ({value!r})')
@@ -308,7 +331,7 @@ def fast_fp32(device_type: str) -> bool:
         a, b = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((n, k), (k, m)))
         for layout in (lambda t: t, lambda t: t.t().contiguous().t()):
             error = (layout(a.float()) @ layout(b.float()) - a @ b).norm() / (a @ b).norm()
-            if not error < 1e-6:                                    # NaN is no pass either
+            if not error < 1e-6:  # NaN is no pass either
                 setting.fp32_precision = before
                 return False
     return True
@@ -317,5 +340,9 @@ def fast_fp32(device_type: str) -> bool:
 def save_gpt(model: GPT, file: str | Path, dtype: torch.dtype = torch.float32, **notes: str) -> None:
     """Writes our own format: one .safetensors with the configuration, and any notes, in its metadata."""
     from safetensors.torch import save_file
-    save_file({name: p.detach().to(dtype).contiguous() for name, p in model.state_dict().items()}, file,
-              metadata={'gpt_config': json.dumps(asdict(model.config)), **notes})
+
+    save_file(
+        {name: p.detach().to(dtype).contiguous() for name, p in model.state_dict().items()},
+        file,
+        metadata={'gpt_config': json.dumps(asdict(model.config)), **notes},
+    )

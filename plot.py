@@ -1,7 +1,8 @@
 """Figures of a run, from its files.
 
-    python plot.py out/pcl          # out/pcl/trust.png: who trusted whom, round by round
+python plot.py out/pcl          # out/pcl/trust.png: who trusted whom, round by round
 """
+
 import json
 import sys
 from pathlib import Path
@@ -12,8 +13,10 @@ from configurator import die
 def trust(run: Path) -> Path:
     """Trust matrices of up to six rounds, evenly spaced, the last one included: row i is how user i weighs the others."""
     import matplotlib
+
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+
     names = json.loads((run / 'config.json').read_text())['users']
     lines = [json.loads(line) for line in open(run / 'metrics.jsonl', encoding='utf-8')]
     rounds = {line['round']: (line['matrix'], [names[i] for i in line['users']]) for line in lines if line['kind'] == 'trust'}

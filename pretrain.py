@@ -5,6 +5,7 @@
     python pretrain.py --dataset=slimpajama --n_layer=2 --steps=0 --out=out/random.safetensors   # random weights
 
 Plain next-token training on all users' train streams together; nothing of the method happens here."""
+
 import json
 import math
 import sys
@@ -21,22 +22,22 @@ from eval import evaluate
 from model import GPT, GPTConfig, save_gpt
 
 # ---- switches ----------------------------------------------------------------------------------------------------
-dataset = 'base'                          # folder under data/
-out = 'assets/base-tiny.safetensors'      # the model; a .json with how it was made is written beside it
-n_layer = 4                               # blocks
-n_head = 2                                # attention heads
-n_embd = 128                              # width
-n_positions = 256                         # longest sequence, and length of the training windows, tokens
-steps = 20_000                            # optimizer steps; 0 writes the random initialisation
-batch_size = 16                           # windows a step
-lr = 2e-3                                 # peak learning rate, reached after warmup, then cosine to a tenth
-warmup = 200                              # steps
-weight_decay = 0.1                        # on matrices
-grad_clip = 1.0                           # largest gradient norm
-bf16 = True                               # bfloat16 autocast
-device = 'cpu'                            # cpu, cuda, mps
+dataset = 'base'  # folder under data/
+out = 'assets/base-tiny.safetensors'  # the model; a .json with how it was made is written beside it
+n_layer = 4  # blocks
+n_head = 2  # attention heads
+n_embd = 128  # width
+n_positions = 256  # longest sequence, and length of the training windows, tokens
+steps = 20_000  # optimizer steps; 0 writes the random initialisation
+batch_size = 16  # windows a step
+lr = 2e-3  # peak learning rate, reached after warmup, then cosine to a tenth
+warmup = 200  # steps
+weight_decay = 0.1  # on matrices
+grad_clip = 1.0  # largest gradient norm
+bf16 = True  # bfloat16 autocast
+device = 'cpu'  # cpu, cuda, mps
 seed = 42
-overwrite = False                         # replace an existing model
+overwrite = False  # replace an existing model
 config = configure(globals(), sys.argv[1:])
 
 if Path(out).exists() and not overwrite:
@@ -54,15 +55,18 @@ torch.manual_seed(seed)
 model = GPT(GPTConfig(vocab_size, n_positions, n_layer, n_head, n_embd)).to(device)
 decay = [p for p in model.parameters() if p.dim() == 2]
 other = [p for p in model.parameters() if p.dim() < 2]
-optimizer = torch.optim.AdamW([{'params': decay, 'weight_decay': weight_decay}, {'params': other, 'weight_decay': 0.0}],
-                              lr=lr, betas=(0.9, 0.95))
-print(f'{sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} train tokens, '
-      f'{steps * batch_size * n_positions / len(train):.2f} passes')
+optimizer = torch.optim.AdamW(
+    [{'params': decay, 'weight_decay': weight_decay}, {'params': other, 'weight_decay': 0.0}], lr=lr, betas=(0.9, 0.95)
+)
+print(
+    f'{sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} train tokens, '
+    f'{steps * batch_size * n_positions / len(train):.2f} passes'
+)
 
 
 def save() -> None:
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    save_gpt(model, out, torch.float16)     # half the bytes; evaluated below as it is stored
+    save_gpt(model, out, torch.float16)  # half the bytes; evaluated below as it is stored
 
 
 started, bar = time.time(), tqdm(range(steps), disable=None, unit='step')
@@ -84,17 +88,27 @@ for step in bar:
         save()
 
 seconds = time.time() - started
-model.to(torch.float16).float()             # what the file will hold
+model.to(torch.float16).float()  # what the file will hold
 report = {}
 for user, stream in zip(meta['users'], streams):
     nats = evaluate(model, stream['valid'], n_positions)['loss']
     bits = nats / math.log(2) * user['tokens']['valid'] / user['bytes']['valid']
-    report[user['name']] = {'train_tokens': user['tokens']['train'], 'valid_tokens': user['tokens']['valid'],
-                            'valid_nats_per_token': round(nats, 4), 'valid_bits_per_byte': round(bits, 4)}
+    report[user['name']] = {
+        'train_tokens': user['tokens']['train'],
+        'valid_tokens': user['tokens']['valid'],
+        'valid_nats_per_token': round(nats, 4),
+        'valid_bits_per_byte': round(bits, 4),
+    }
     print(f'{user["name"]:12} valid {nats:.4f} nats per token, {bits:.4f} bits per byte')
 save()
-note = {'command': ' '.join(['python', *sys.argv]), 'config': config, 'parameters': sum(p.numel() for p in model.parameters()),
-        'data': {'source': meta['source'], 'tokenizer': meta['tokenizer'], 'sources': report},
-        'tokens_seen': steps * batch_size * n_positions, 'seconds': round(seconds), 'torch': torch.__version__}
+note = {
+    'command': ' '.join(['python', *sys.argv]),
+    'config': config,
+    'parameters': sum(p.numel() for p in model.parameters()),
+    'data': {'source': meta['source'], 'tokenizer': meta['tokenizer'], 'sources': report},
+    'tokens_seen': steps * batch_size * n_positions,
+    'seconds': round(seconds),
+    'torch': torch.__version__,
+}
 Path(out).with_suffix('.json').write_text(json.dumps(note, indent=1) + '\n')
 print(f'wrote {out} and {Path(out).with_suffix(".json")}')

@@ -9,6 +9,7 @@ Tables: table1, table2, table4, table5, fig9, related; several with commas, or a
 on data/agnews-bytes. Any other --name=value goes to train.py in every run. A run is the folder
 out/reproduce/DATASET/ROW-seedS-HASH, found by the hash of all that shapes its numbers: a finished one is never repeated, an
 interrupted one continues."""
+
 import argparse
 import fcntl
 import hashlib
@@ -30,10 +31,17 @@ from tqdm import tqdm
 from configurator import die, parse, read_file
 
 TRAIN = Path(__file__).with_name('train.py')
-TITLES = {'table1': 'Table 1', 'table2': 'Table 2', 'table4': 'Table 4', 'table5': 'Table 5', 'fig9': 'Figure 9',
-          'related': 'Related systems and ablations'}
-PRUNE_COEFS = (5e-2, 5e-3, 5e-4)    # HetLoRA's sweep (the paper's appendix C.2); validation perplexity chooses
+TITLES = {
+    'table1': 'Table 1',
+    'table2': 'Table 2',
+    'table4': 'Table 4',
+    'table5': 'Table 5',
+    'fig9': 'Figure 9',
+    'related': 'Related systems and ablations',
+}
+PRUNE_COEFS = (5e-2, 5e-3, 5e-4)  # HetLoRA's sweep (the paper's appendix C.2); validation perplexity chooses
 
+# fmt: off
 # ---- the rows: what each is called, its method and switches beyond the config file (none at its default: tables share runs),
 # and the paper's mean(standard deviation) on SETS, from arXiv 2409.13931v1, Tables 1, 2, 4, 5; - where it has none
 SETS = ('agnews', 'multilingual', 'slimpajama')
@@ -70,27 +78,45 @@ N_EXPERTS = {  # Table 2: numbers of experts, with the paper's CoMiGS-1GXS and H
     'slimpajama': (('2,4,4,2', '22.10', '23.15'), ('4,2,2,4', '22.28', '23.17')),
     'other': (('2,4,4,2', '-', '-'), ('4,2,2,4', '-', '-'))}
 HETERO = {'agnews': 1}
+# fmt: on
 
 
 def rows_of(table: str, name: str, seeds: list[int]) -> list[dict]:
     """The rows of a table on the data set `name`: label, switches (method first), paper (mean, standard deviation), seeds."""
     settings, rows = N_EXPERTS.get(name, N_EXPERTS['other']), ROWS.get(table, [])
-    if table == 'table2':       # with two experts or more for everybody, active matching is rank 16 in either setting
-        rows = [row for n, ours, hetlora in settings for row in (
-            (f'CoMiGS-1GXS {n}', f'comigs_1gxs n_experts={n}', ours),
-            (f'HetLoRA, ranks 8 x {n}', f'hetlora match=full n_experts={n}', hetlora),
-            (f'FlexLoRA, ranks 8 x {n}', f'flexlora match=full n_experts={n}', '-'))]
-        rows += [('HetLoRA, ranks 16', 'hetlora match=active n_experts=2', '31.58/57.76/23.33'),
-                 ('FlexLoRA, ranks 16', 'flexlora match=active n_experts=2', '36.45/77.65/22.97')]
+    if table == 'table2':  # with two experts or more for everybody, active matching is rank 16 in either setting
+        rows = [
+            row
+            for n, ours, hetlora in settings
+            for row in (
+                (f'CoMiGS-1GXS {n}', f'comigs_1gxs n_experts={n}', ours),
+                (f'HetLoRA, ranks 8 x {n}', f'hetlora match=full n_experts={n}', hetlora),
+                (f'FlexLoRA, ranks 8 x {n}', f'flexlora match=full n_experts={n}', '-'),
+            )
+        ]
+        rows += [
+            ('HetLoRA, ranks 16', 'hetlora match=active n_experts=2', '31.58/57.76/23.33'),
+            ('FlexLoRA, ranks 16', 'flexlora match=active n_experts=2', '36.45/77.65/22.97'),
+        ]
     if table == 'table5':
         n, ours, _ = settings[HETERO.get(name, 0)]
-        rows = [(f'{label}, load balancing {lb}', method + f' load_balance={lb}' * (lb != 'generalist'), paper)
-                for label, method, papers in (('CoMiGS-1G1S', 'comigs_1g1s', ('33.69/-/-', '33.53/-/-', COMIGS[2][2])),
-                                              (f'CoMiGS-1GXS {n}', f'comigs_1gxs n_experts={n}', ('-', '-', ours)))
-                for lb, paper in zip(('none', 'uniform', 'generalist'), papers)]
-    return [{'label': label, 'switches': {'method': text.split()[0], **dict(sorted(s.split('=') for s in text.split()[1:]))},
-             'paper': paper_value(paper, name), 'seeds': seeds[:1] if text == 'pretrained' else seeds}  # no seed in the base
-            for label, text, paper in rows]
+        rows = [
+            (f'{label}, load balancing {lb}', method + f' load_balance={lb}' * (lb != 'generalist'), paper)
+            for label, method, papers in (
+                ('CoMiGS-1G1S', 'comigs_1g1s', ('33.69/-/-', '33.53/-/-', COMIGS[2][2])),
+                (f'CoMiGS-1GXS {n}', f'comigs_1gxs n_experts={n}', ('-', '-', ours)),
+            )
+            for lb, paper in zip(('none', 'uniform', 'generalist'), papers)
+        ]
+    return [
+        {
+            'label': label,
+            'switches': {'method': text.split()[0], **dict(sorted(s.split('=') for s in text.split()[1:]))},
+            'paper': paper_value(paper, name),
+            'seeds': seeds[:1] if text == 'pretrained' else seeds,
+        }  # no seed in the base
+        for label, text, paper in rows
+    ]
 
 
 def paper_value(text: str, name: str) -> tuple[float | None, float | None]:
@@ -114,9 +140,13 @@ def run_of(switches: dict, seed: int, setup: dict) -> dict:
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
     folder = Path('out', 'reproduce', setup['dataset'], f'{slug}-seed{seed}-{digest}')
     given = {'method': '', 'seed': seed, 'dataset': setup['dataset'], **switches, **setup['extra'], 'out_dir': folder}
-    return {'name': f'{" ".join(words)} seed {seed}', 'folder': folder, 'seed': seed,
-            'rounds': 0 if switches['method'] == 'pretrained' else setup['rounds'],
-            'args': [setup['config'], *(f'--{k}={v}' for k, v in given.items())]}
+    return {
+        'name': f'{" ".join(words)} seed {seed}',
+        'folder': folder,
+        'seed': seed,
+        'rounds': 0 if switches['method'] == 'pretrained' else setup['rounds'],
+        'args': [setup['config'], *(f'--{k}={v}' for k, v in given.items())],
+    }
 
 
 def finished(run: dict) -> bool:
@@ -163,12 +193,16 @@ def machine_of(jobs: int, device: str) -> tuple[int, int, list[str], str]:
     automatic, gpus, gpu = min(cores, 8), [], ''
     if device != 'cpu':
         import torch
+
         n = torch.cuda.device_count() if device in ('auto', 'cuda') else 0
         gpus = (os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(n)))).split(',')[:n]
         automatic = len(gpus) or (1 if device != 'auto' or torch.backends.mps.is_available() else automatic)
-    if gpus:                                                 # asked elsewhere: this process should hold no memory of a GPU
-        gpu = subprocess.run([sys.executable, '-c', 'import torch; print(",", torch.cuda.get_device_name(), end="")'],
-                             capture_output=True, text=True).stdout
+    if gpus:  # asked elsewhere: this process should hold no memory of a GPU
+        gpu = subprocess.run(
+            [sys.executable, '-c', 'import torch; print(",", torch.cuda.get_device_name(), end="")'],
+            capture_output=True,
+            text=True,
+        ).stdout
     jobs = jobs or automatic
     threads = max(1, cores // jobs)
     words = f'{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs{gpu}, OMP_NUM_THREADS={threads}'
@@ -186,17 +220,23 @@ def start(run: dict, slot: int, machine: tuple, lock: int) -> dict:
     (folder / 'machine.txt').write_text(words)
     with open(folder / 'log.txt', 'a') as log:
         begin = log.tell()
-        process = subprocess.Popen([sys.executable, str(TRAIN), *run['args'], *filter(None, [again])], env=env, stdout=log,
-                                   stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, pass_fds=(lock,))
+        process = subprocess.Popen(
+            [sys.executable, str(TRAIN), *run['args'], *filter(None, [again])],
+            env=env,
+            stdout=log,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.STDOUT,
+            pass_fds=(lock,),
+        )
     return {**run, 'process': process, 'begin': begin}
 
 
 def fail(run: dict) -> None:
     """One line, and the end."""
     status, log = run['process'].returncode, run['folder'] / 'log.txt'
-    lines = [line.strip() for line in log.read_bytes()[run['begin']:].decode(errors='replace').splitlines() if line.strip()]
+    lines = [line.strip() for line in log.read_bytes()[run['begin'] :].decode(errors='replace').splitlines() if line.strip()]
     last = lines[-1] if lines else 'it wrote nothing'
-    if status == 2:                                          # refused by train.py, which has said why
+    if status == 2:  # refused by train.py, which has said why
         die(f'{run["name"]}: {last}')
     how = f'was killed by signal {-status}' if status < 0 else f'failed with exit status {status}'
     sys.exit(f'{Path(sys.argv[0]).name}: {run["name"]} {how}: {last} ({log})')
@@ -210,18 +250,18 @@ def sweep(rows: list[dict], setup: dict, jobs: int, title: str) -> None:
         return
     home = Path('out', 'reproduce', setup['dataset'])
     home.mkdir(parents=True, exist_ok=True)
-    lock = open(home / '.lock', 'w')                         # the runs inherit it: it is free when the last one has ended
+    lock = open(home / '.lock', 'w')  # the runs inherit it: it is free when the last one has ended
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         die(f'another sweep of {setup["dataset"]}, or a run that it left behind, is at work in {home}: wait for it')
     machine = machine_of(jobs, setup['extra'].get('device', 'auto'))
-    terminated = signal.signal(signal.SIGTERM, signal.default_int_handler)      # to be told is to be interrupted
+    terminated = signal.signal(signal.SIGTERM, signal.default_int_handler)  # to be told is to be interrupted
     running, done, ended = {}, 0, 0
     bar = tqdm(total=1, initial=sum(map(rounds_done, todo)), desc=title, unit='round', disable=None, smoothing=0.05)
     try:
         while todo or running:
-            for slot in sorted(set(range(machine[0])) - set(running))[:len(todo)]:
+            for slot in sorted(set(range(machine[0])) - set(running))[: len(todo)]:
                 running[slot] = start(todo.pop(0), slot, machine, lock.fileno())
             time.sleep(0.5)
             for slot, run in [*running.items()]:
@@ -232,13 +272,16 @@ def sweep(rows: list[dict], setup: dict, jobs: int, title: str) -> None:
                     fail(run)
                 del running[slot]
                 done, ended = done + run['rounds'], ended + 1
-                runs, unknown = planned(rows, setup)         # HetLoRA's choice may be known now
+                runs, unknown = planned(rows, setup)  # HetLoRA's choice may be known now
                 busy = [other['folder'] for other in running.values()]
                 todo = [r for r in runs if not finished(r) and r['folder'] not in busy]
                 if bar.disable:
                     result, total = read_json(run['folder'] / 'summary.json'), ended + len(busy) + len(todo) + unknown
-                    print(f'[{ended}/{total}] {run["name"]}: test perplexity {result["mean_test_ppl"]:.3f}, '
-                          f'{result["seconds"]:.0f} s', flush=True)
+                    print(
+                        f'[{ended}/{total}] {run["name"]}: test perplexity {result["mean_test_ppl"]:.3f}, '
+                        f'{result["seconds"]:.0f} s',
+                        flush=True,
+                    )
             left = [*running.values(), *todo]
             bar.total = done + sum(run['rounds'] for run in left) + unknown * setup['rounds']
             bar.n = done + sum(map(rounds_done, left))
@@ -247,9 +290,8 @@ def sweep(rows: list[dict], setup: dict, jobs: int, title: str) -> None:
         bar.close()
         for run in running.values():
             run['process'].terminate()
-        for run in running.values():                         # what wrote nothing but its refusal leaves no folder
-            if run['process'].wait() in (2, -signal.SIGTERM, -signal.SIGINT) and not (
-                    run['folder'] / 'config.json').exists():
+        for run in running.values():  # what wrote nothing but its refusal leaves no folder
+            if run['process'].wait() in (2, -signal.SIGTERM, -signal.SIGINT) and not (run['folder'] / 'config.json').exists():
                 shutil.rmtree(run['folder'])
         lock.close()
         signal.signal(signal.SIGTERM, terminated)
@@ -259,18 +301,31 @@ def sweep(rows: list[dict], setup: dict, jobs: int, title: str) -> None:
 def record(row: dict, setup: dict) -> dict:
     """Everything that is known of a row whose runs are finished."""
     p = plan(row, setup)
-    seeds = [{'seed': run['seed'], 'folder': str(run['folder']), **read_json(run['folder'] / 'summary.json')}
-             for run in p['runs']]
+    seeds = [
+        {'seed': run['seed'], 'folder': str(run['folder']), **read_json(run['folder'] / 'summary.json')} for run in p['runs']
+    ]
     ppl, paper = [s['mean_test_ppl'] for s in seeds], row['paper'][0]
-    kB = {key: float(np.mean([s[key] / max(1, s['rounds'] * len(s['users'])) / 1000 for s in seeds]))
-          for key in ('bytes_up', 'bytes_down')}
-    comparable = paper is not None and setup['meta']['tokenizer'] == 'gpt2'      # other tokens have other perplexities
-    return {'label': row['label'] + (f', prune_coef {min(p["valid"], key=p["valid"].get)}' if p['valid'] else ''),
-            'switches': row['switches'], 'mean': float(np.mean(ppl)), 'std': float(np.std(ppl, ddof=1)) if ppl[1:] else None,
-            'paper_mean': paper, 'paper_std': row['paper'][1], 'difference': np.mean(ppl) - paper if comparable else None,
-            'users': dict(zip(seeds[0]['users'], np.mean([s['test_ppl'] for s in seeds], 0).tolist())),
-            'seconds': float(np.mean([s['seconds'] for s in seeds])), 'kB_up': kB['bytes_up'], 'kB_down': kB['bytes_down'],
-            'trainable_params': seeds[0]['trainable_params'], 'valid_ppl_by_prune_coef': p['valid'], 'seeds': seeds}
+    kB = {
+        key: float(np.mean([s[key] / max(1, s['rounds'] * len(s['users'])) / 1000 for s in seeds]))
+        for key in ('bytes_up', 'bytes_down')
+    }
+    comparable = paper is not None and setup['meta']['tokenizer'] == 'gpt2'  # other tokens have other perplexities
+    return {
+        'label': row['label'] + (f', prune_coef {min(p["valid"], key=p["valid"].get)}' if p['valid'] else ''),
+        'switches': row['switches'],
+        'mean': float(np.mean(ppl)),
+        'std': float(np.std(ppl, ddof=1)) if ppl[1:] else None,
+        'paper_mean': paper,
+        'paper_std': row['paper'][1],
+        'difference': np.mean(ppl) - paper if comparable else None,
+        'users': dict(zip(seeds[0]['users'], np.mean([s['test_ppl'] for s in seeds], 0).tolist())),
+        'seconds': float(np.mean([s['seconds'] for s in seeds])),
+        'kB_up': kB['bytes_up'],
+        'kB_down': kB['bytes_down'],
+        'trainable_params': seeds[0]['trainable_params'],
+        'valid_ppl_by_prune_coef': p['valid'],
+        'seeds': seeds,
+    }
 
 
 def plus_minus(mean: float | None, std: float | None, digits: int, alone: str = '') -> str:
@@ -281,55 +336,101 @@ def cells(table: str, records: list[dict]) -> tuple[list, list[list]]:
     """Header and lines, all text; Figure 9 is a grid."""
     if table == 'fig9':
         found = iter(plus_minus(r['mean'], r['std'], 3) for r in records)
-        return ['router_every, router_steps:', '1', '5', '10', '20'], [[tau, *(next(found) for _ in range(4))]
-                                                                       for tau in ('10', '30', '50', '100')]
+        return ['router_every, router_steps:', '1', '5', '10', '20'], [
+            [tau, *(next(found) for _ in range(4))] for tau in ('10', '30', '50', '100')
+        ]
     header = ['row', 'test ppl', 'paper', 'difference', *records[0]['users'], 'seconds', 'kB up', 'kB down', 'trainable']
-    return header, [[r['label'], plus_minus(r['mean'], r['std'], 3, ' ± -'), plus_minus(r['paper_mean'], r['paper_std'], 2) + (
-                        ' †' if r['paper_mean'] and r['switches']['method'] == 'flexlora' else ''),
-                     '-' if r['difference'] is None else f'{r["difference"]:+.2f}', *(f'{u:.3f}' for u in r['users'].values()),
-                     f'{r["seconds"]:.0f}', f'{r["kB_up"]:,.1f}', f'{r["kB_down"]:,.1f}',
-                     ' to '.join(f'{n:,}' for n in sorted({min(r['trainable_params']), max(r['trainable_params'])}))]
-                    for r in records]
+    return header, [
+        [
+            r['label'],
+            plus_minus(r['mean'], r['std'], 3, ' ± -'),
+            plus_minus(r['paper_mean'], r['paper_std'], 2)
+            + (' †' if r['paper_mean'] and r['switches']['method'] == 'flexlora' else ''),
+            '-' if r['difference'] is None else f'{r["difference"]:+.2f}',
+            *(f'{u:.3f}' for u in r['users'].values()),
+            f'{r["seconds"]:.0f}',
+            f'{r["kB_up"]:,.1f}',
+            f'{r["kB_down"]:,.1f}',
+            ' to '.join(f'{n:,}' for n in sorted({min(r['trainable_params']), max(r['trainable_params'])})),
+        ]
+        for r in records
+    ]
 
 
 def departures(table: str, config: dict, setup: dict) -> str:
     """The end of a title: in what the runs differ from the paper's."""
     base, rounds = Path(config['init_from']), 50 if setup['name'] == 'slimpajama' else 20
     base, b, T = base.name if base.is_absolute() else str(base), config['batch_size'], config['block_size']
-    ours = {'rounds': config['rounds'], 'local steps': config['local_steps'], 'batch': f'{b} x {T} tokens', 'base': base,
-            'tokenizer': setup['meta']['tokenizer'], 'seeds': len(setup['seeds'])}
+    ours = {
+        'rounds': config['rounds'],
+        'local steps': config['local_steps'],
+        'batch': f'{b} x {T} tokens',
+        'base': base,
+        'tokenizer': setup['meta']['tokenizer'],
+        'seeds': len(setup['seeds']),
+    }
     paper = {'rounds': rounds, 'local steps': 10, 'batch': '64 x 128 tokens', 'base': 'gpt2', 'tokenizer': 'gpt2', 'seeds': 3}
     if not table.startswith('table'):
-        del ours['seeds']                                    # how many the paper took is known of its tables only
+        del ours['seeds']  # how many the paper took is known of its tables only
     parts = [f'{k} {v} (paper: {paper[k]})' for k, v in ours.items() if v != paper[k]]
-    parts += [f'{k} {v}' for k, v in setup['extra'].items() if k not in (
-        'rounds', 'local_steps', 'batch_size', 'block_size', 'init_from', 'device', 'dtype', 'micro_batch_size', 'eval_every')]
+    parts += [
+        f'{k} {v}'
+        for k, v in setup['extra'].items()
+        if k
+        not in (
+            'rounds',
+            'local_steps',
+            'batch_size',
+            'block_size',
+            'init_from',
+            'device',
+            'dtype',
+            'micro_batch_size',
+            'eval_every',
+        )
+    ]
     smaller = config['rounds'] * config['local_steps'] * b * T < rounds * 10 * 64 * 128 or not base.startswith('gpt2')
     return ', not a data set of the paper' * (setup['name'] not in SETS) + (
-        f', {"scaled down" if smaller else "changed"}: {", ".join(parts)}' if parts else '')
+        f', {"scaled down" if smaller else "changed"}: {", ".join(parts)}' if parts else ''
+    )
 
 
 def write(table: str, rows: list[dict], setup: dict, command: str) -> str:
     """results/TABLE-DATASET.md and .json; returns the text for the terminal."""
     from eval import table as text_table
+
     records = [record(row, setup) for row in rows]
     folders = [Path(s['folder']) for r in records for s in r['seeds']]
     configs = [read_json(folder / 'config.json') for folder in folders]
     title = f'{TITLES[table]} on {setup["dataset"]}' + departures(table, max(configs, key=lambda c: c['rounds']), setup)
-    machines = sorted({f'{file.read_text() if file.exists() else "unknown"}, torch {c["versions"]["torch"]}, {c["dtype"]} on '
-                       f'{c["device"]}' for file, c in zip((folder / 'machine.txt' for folder in folders), configs)})
+    machines = sorted(
+        {
+            f'{file.read_text() if file.exists() else "unknown"}, torch {c["versions"]["torch"]}, {c["dtype"]} on {c["device"]}'
+            for file, c in zip((folder / 'machine.txt' for folder in folders), configs)
+        }
+    )
     dates = sorted(time.strftime('%Y-%m-%d', time.localtime((f / 'summary.json').stat().st_mtime)) for f in folders)
     seeds, commits = rows[-1]['seeds'], sorted({c['git_commit'] or 'unknown' for c in configs})
-    notes = [f'Command: `{command}`', f'Seeds: {", ".join(map(str, seeds))}. Commit: {", ".join(commits)}. '
-             f'Machine: {"; ".join(machines)}. Finished: {" to ".join(sorted({dates[0], dates[-1]}))}.',
-             f'Tokens ({setup["meta"]["tokenizer"]}) to train / validate / test: ' + '; '.join(
-                 f'{u["name"]} ' + ' / '.join(f'{u["tokens"][s]:,}' for s in ('train', 'valid', 'test'))
-                 for u in setup['meta']['users']) + '.',
-             'Test perplexity of the last round, after local steps and before aggregation: mean over users, then mean ± sample '
-             'standard deviation over seeds; kB up and down per user and round; trainable parameters per user.']
-    notes += [f'{r["label"]}: validation perplexity on seed {seeds[0]} with prune_coef ' + ', '.join(
-        f'{c}: {ppl:.3f}' for c, ppl in r['valid_ppl_by_prune_coef'].items()) + '.'
-        for r in records if r['valid_ppl_by_prune_coef']]
+    notes = [
+        f'Command: `{command}`',
+        f'Seeds: {", ".join(map(str, seeds))}. Commit: {", ".join(commits)}. '
+        f'Machine: {"; ".join(machines)}. Finished: {" to ".join(sorted({dates[0], dates[-1]}))}.',
+        f'Tokens ({setup["meta"]["tokenizer"]}) to train / validate / test: '
+        + '; '.join(
+            f'{u["name"]} ' + ' / '.join(f'{u["tokens"][s]:,}' for s in ('train', 'valid', 'test'))
+            for u in setup['meta']['users']
+        )
+        + '.',
+        'Test perplexity of the last round, after local steps and before aggregation: mean over users, then mean ± sample '
+        'standard deviation over seeds; kB up and down per user and round; trainable parameters per user.',
+    ]
+    notes += [
+        f'{r["label"]}: validation perplexity on seed {seeds[0]} with prune_coef '
+        + ', '.join(f'{c}: {ppl:.3f}' for c, ppl in r['valid_ppl_by_prune_coef'].items())
+        + '.'
+        for r in records
+        if r['valid_ppl_by_prune_coef']
+    ]
     if table == 'table1' and setup['name'] in SETS:
         notes.append("Centralized: the paper's is exp of the mean loss on pooled text, lower than this mean of perplexities.")
     if table == 'table2' and setup['name'] in SETS:
@@ -362,8 +463,11 @@ def setup_of(dataset: str, seeds: list[int], extra: dict) -> dict:
     """What all runs of a sweep have in common; 'identity': what the files say that shape their numbers."""
     name, _, variant = dataset.partition('-')
     config, meta = Path('config', f'{name}.py'), Path('data', dataset, 'meta.json')
-    prepare = f'python data/prepare.py {name}' + ' --tokenizer=bytes' * (variant == 'bytes') + (
-        f' --name={dataset}' if variant else '')
+    prepare = (
+        f'python data/prepare.py {name}'
+        + ' --tokenizer=bytes' * (variant == 'bytes')
+        + (f' --name={dataset}' if variant else '')
+    )
     if '/' in dataset or not config.exists():
         die(f'--dataset={dataset}: there is no {config}; data comes from {prepare}')
     if not meta.exists():
@@ -371,15 +475,26 @@ def setup_of(dataset: str, seeds: list[int], extra: dict) -> dict:
     defaults, meta = read_file(str(config)), read_json(meta)
     base = Path(extra.get('init_from', defaults.get('init_from', 'gpt2')))
     rounds = parse('rounds', str(extra.get('rounds', defaults.get('rounds'))))
-    return {'name': name, 'dataset': dataset, 'config': str(config), 'meta': meta, 'extra': extra, 'seeds': seeds,
-            'rounds': rounds if isinstance(rounds, int) else 0,                  # train.py refuses what is no number
-            'identity': [config.read_text(), meta['users'],
-                         hashlib.sha256(base.read_bytes()).hexdigest() if base.is_file() else str(base)]}
+    return {
+        'name': name,
+        'dataset': dataset,
+        'config': str(config),
+        'meta': meta,
+        'extra': extra,
+        'seeds': seeds,
+        'rounds': rounds if isinstance(rounds, int) else 0,  # train.py refuses what is no number
+        'identity': [
+            config.read_text(),
+            meta['users'],
+            hashlib.sha256(base.read_bytes()).hexdigest() if base.is_file() else str(base),
+        ],
+    }
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.error = die
     parser.add_argument('tables', help=f'{", ".join(TITLES)}, several with commas, or all')
     parser.add_argument('--dataset', default='demo', help='NAME or NAME-VARIANT: config/NAME.py on data/NAME-VARIANT')
@@ -403,8 +518,10 @@ def main(argv: list[str]) -> None:
     if args.dry_run:
         runs, unknown = planned(every, setup)
         for run in runs:
-            print('finished' if finished(run) else 'begun   ' if (run['folder'] / 'checkpoint').exists() else 'to do   ',
-                  run['folder'])
+            print(
+                'finished' if finished(run) else 'begun   ' if (run['folder'] / 'checkpoint').exists() else 'to do   ',
+                run['folder'],
+            )
         left = sum(not finished(run) for run in runs)
         more = f', then {unknown} of HetLoRA with the prune_coef that validation text chooses' if unknown else ''
         return print(f'{len(runs) - left} finished, {left} to do{more}')

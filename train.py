@@ -1,13 +1,14 @@
 """CoMiGS (arXiv 2409.13931), Algorithm 1: N users fine-tune one frozen GPT-2 together, simulated in one process.
 
-    python data/prepare.py demo                                         # text that every machine has
-    python train.py config/demo.py                                      # 4 users, a minute on a laptop
-    python train.py config/slimpajama_1gxs.py --n_experts=4,2,2,2       # GPT-2 124M, experts per user
-    python train.py config/agnews.py --method=fedavg --out_dir=out/x    # a baseline is another row of switches
-    python train.py --list_methods                                      # all the rows
-    python train.py config/many_users.py                                # 1,000 users, 20 of them a round
-    torchrun --nproc_per_node=4 train.py config/agnews.py               # users dealt out to processes, one a GPU
+python data/prepare.py demo                                         # text that every machine has
+python train.py config/demo.py                                      # 4 users, a minute on a laptop
+python train.py config/slimpajama_1gxs.py --n_experts=4,2,2,2       # GPT-2 124M, experts per user
+python train.py config/agnews.py --method=fedavg --out_dir=out/x    # a baseline is another row of switches
+python train.py --list_methods                                      # all the rows
+python train.py config/many_users.py                                # 1,000 users, 20 of them a round
+torchrun --nproc_per_node=4 train.py config/agnews.py               # users dealt out to processes, one a GPU
 """
+
 import contextlib
 import datetime
 import functools
@@ -37,6 +38,7 @@ from eval import cell, evaluate, fingerprint, mean, perplexity, table
 from lora_moe import add_lora, initial, load_balance_loss, roles
 from model import GPT, fast_fp32, load_gpt, save_gpt, store_in_bf16
 
+# fmt: off
 # ---- switches: override with config/*.py or --name=value ----------------------------------------------------------
 method = 'comigs_1g1s'          # a row of METHODS below; sets the switches of the next block
 dataset = 'demo'                # folder under data/, made by data/prepare.py
@@ -121,44 +123,66 @@ METHODS = {
     'flora':          ((1, 1, True,  'mean',    'valid', 'flora',     16), '-', 'stacked, merged into the base (2409.05976)'),
     'consensus':      ((2, 0, False, 'mean',    'valid', 'consensus', 8), '-', 'only predictions leave (2305.18497)'),
 }
+# fmt: on
 RULES = ('none', 'fedavg', 'ffa', 'fedsa', 'trust', 'median', 'trimmed_mean', 'hetlora', 'flexlora', 'flora', 'consensus')
 if '--list_methods' in sys.argv:
-    print(table(['--method', 'paper', 'what it is', *COLUMNS, 'more'], [
-        [name, where.replace('T', 'Table '), what, *row, ' '.join(f'{k}={v}' for switches in more for k, v in switches.items())]
-        for name, (row, where, what, *more) in METHODS.items()], left=3))
+    lines = []
+    for name, (row, where, what, *more) in METHODS.items():
+        others = ' '.join(f'{k}={v}' for switches in more for k, v in switches.items())
+        lines.append([name, where.replace('T', 'Table '), what, *row, others])
+    print(table(['--method', 'paper', 'what it is', *COLUMNS, 'more'], lines, left=3))
     sys.exit()
 rows = {name: dict(zip(COLUMNS, row)) | (more[0] if more else {}) for name, (row, _, _, *more) in METHODS.items()}
 config = configure(globals(), sys.argv[1:], rows, per_user=('n_experts', 'lora_rank'))
 began_script = time.time()
 if method == 'pretrained':
-    rounds = config['rounds'] = 0   # the base as it is, whatever a config file says
+    rounds = config['rounds'] = 0  # the base as it is, whatever a config file says
 
 # ---- refuse what cannot run, before anything is written ------------------------------------------------------------
-for name, legal in {'target': ('own', 'mixture'), 'router': ('learned', 'mean', 'frozen'), 'aggregate': RULES,
-                    'router_data': ('valid', 'train', 'joint'), 'load_balance': ('generalist', 'uniform', 'none'),
-                    'routing_unit': ('token', 'prefix', 'sequence'), 'trust': ('weights', 'validation', 'predictions'),
-                    'match': ('none', 'active', 'full'), 'dtype': ('auto', 'float32', 'bfloat16')}.items():
+for name, legal in {
+    'target': ('own', 'mixture'),
+    'router': ('learned', 'mean', 'frozen'),
+    'aggregate': RULES,
+    'router_data': ('valid', 'train', 'joint'),
+    'load_balance': ('generalist', 'uniform', 'none'),
+    'routing_unit': ('token', 'prefix', 'sequence'),
+    'trust': ('weights', 'validation', 'predictions'),
+    'match': ('none', 'active', 'full'),
+    'dtype': ('auto', 'float32', 'bfloat16'),
+}.items():
     if config[name] not in legal:
         die(f'--{name}={config[name]}: expected one of {", ".join(legal)}')
-for name in ('local_steps', 'router_every', 'router_steps', 'batch_size', 'micro_batch_size', 'block_size', 'eval_every',
-             'top_k', 'lora_alpha', 'expert_lr', 'router_lr', 'trust_temperature', 'judge_windows'):
+for name in (
+    'local_steps',
+    'router_every',
+    'router_steps',
+    'batch_size',
+    'micro_batch_size',
+    'block_size',
+    'eval_every',
+    'top_k',
+    'lora_alpha',
+    'expert_lr',
+    'router_lr',
+    'trust_temperature',
+    'judge_windows',
+):
     if config[name] <= 0:
         die(f'--{name}={config[name]}: must be greater than 0')
-for name in ('rounds', 'seed', 'n_generalists', 'ghost_noise', 'prune_coef', 'consensus_coef', 'consensus_start',
-             'test_users'):
+for name in ('rounds', 'seed', 'n_generalists', 'ghost_noise', 'prune_coef', 'consensus_coef', 'consensus_start', 'test_users'):
     if config[name] < 0:
         die(f'--{name}={config[name]}: must not be negative')
 if not 0 < participation <= 1:
     die(f'--participation={participation}: must be in (0, 1]')
 if not 0 <= trim < 0.5 or not 0 < prune_gamma <= 1:
     die(f'--trim={trim} must be in [0, 0.5) and --prune_gamma={prune_gamma} in (0, 1]')
-shares = aggregate not in ('none', 'consensus')              # whether any tensor leaves a user
+shares = aggregate not in ('none', 'consensus')  # whether any tensor leaves a user
 if not shares and (n_generalists or share_attention):
     die(f'--aggregate={aggregate} shares no tensors: it needs --n_generalists=0 and --share_attention=False')
 if shares and not (n_generalists or share_attention):
     die(f'--aggregate={aggregate} has nothing to combine: give --n_generalists=1 or more, or --aggregate=none')
 if fuse and (aggregate != 'fedavg' or not n_generalists):
-    die('--fuse mixes a user\'s own and the averaged generalists: it needs --aggregate=fedavg and --n_generalists=1 or more')
+    die("--fuse mixes a user's own and the averaged generalists: it needs --aggregate=fedavg and --n_generalists=1 or more")
 if fuse and (participation < 1 or test_users):
     die('--fuse ends with a search by every user: it needs --participation=1 and --test_users=0')
 if ghost_noise and min(batch_size, micro_batch_size) < 2:
@@ -174,7 +198,7 @@ if resume and not (out / 'checkpoint' / 'round.safetensors').exists():
 if (out / 'config.json').exists() and not (resume or overwrite):
     state = 'a finished run' if (out / 'summary.json').exists() else 'an unfinished run'
     die(f'{out_dir} already holds {state}: give --resume to continue it, --overwrite to replace it, or another --out_dir')
-process, processes = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))      # set by torchrun
+process, processes = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))  # set by torchrun
 if device == 'auto':
     device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 if device == 'cuda' and processes > 1:
@@ -185,7 +209,7 @@ try:
     base = load_gpt(init_from).to(device)
     folder = Path('data', dataset)
     meta = check_dataset(folder, block_size, base.config.vocab_size)
-    together = target == 'mixture' or pooled                 # everybody's text at once, instead of a user's when it trains
+    together = target == 'mixture' or pooled  # everybody's text at once, instead of a user's when it trains
     streams = load_dataset(folder, block_size, base.config.vocab_size, target)[1] if together else None
     public = load_text(public_text, meta['tokenizer']) if public_text else None
 except (OSError, ValueError, RuntimeError, AssertionError) as error:
@@ -193,7 +217,7 @@ except (OSError, ValueError, RuntimeError, AssertionError) as error:
 if block_size > base.config.n_positions:
     die(f'--block_size={block_size}: {init_from} has only {base.config.n_positions} positions')
 names = [u['name'] for u in meta['users']]
-n_train = [1] if pooled else [u['tokens']['train'] for u in meta['users']]       # tokens
+n_train = [1] if pooled else [u['tokens']['train'] for u in meta['users']]  # tokens
 N = len(n_train)
 if test_users > N:
     die(f'--test_users={test_users}: {dataset} has {N} users')
@@ -201,9 +225,11 @@ if test_users > N:
 
 def texts_of(i: int) -> tuple[dict, list]:
     """User i's streams, and whose test text its model is tested on: [(number of a user, tokens)]."""
-    if pooled:                                               # one user with everybody's text
-        return ({split: np.concatenate([data[split] for data in streams]) for split in ('train', 'valid')},
-                [(j, data['test']) for j, data in enumerate(streams)])
+    if pooled:  # one user with everybody's text
+        return (
+            {split: np.concatenate([data[split] for data in streams]) for split in ('train', 'valid')},
+            [(j, data['test']) for j, data in enumerate(streams)],
+        )
     data = streams[i] if streams else load_user(folder, meta, i)
     return data, [(i, data['test'])]
 
@@ -220,35 +246,40 @@ if match != 'none':
     lora_rank = config['lora_rank'] = tuple(8 * (n if match == 'full' else min(2, n)) for n in per_user('n_experts'))
     n_experts = config['n_experts'] = 1
 if aggregate in ('hetlora', 'flexlora', 'flora') and set(per_user('n_experts')) != {1}:
-    die(f'--aggregate={aggregate} has one expert per user, whose rank may differ: give --n_experts=1 and --lora_rank=16,8,..., '
-        'or let --match=active or --match=full derive the ranks from --n_experts')
+    die(
+        f'--aggregate={aggregate} has one expert per user, whose rank may differ: give --n_experts=1 and --lora_rank=16,8,..., '
+        'or let --match=active or --match=full derive the ranks from --n_experts'
+    )
 experts_of, rank_of = per_user('n_experts'), per_user('lora_rank')
 for i, n in enumerate(experts_of):
     if n < n_generalists:
         die(f'user {i} has n_experts={n}, fewer than n_generalists={n_generalists}: every user holds all the generalists')
 if shares and aggregate not in ('hetlora', 'flexlora', 'flora') and len(set(rank_of)) > 1:
-    die(f'--aggregate={aggregate} averages tensors of one shape: --lora_rank must be the same for all users '
-        '(hetlora, flexlora, flora and consensus take any)')
+    die(
+        f'--aggregate={aggregate} averages tensors of one shape: --lora_rank must be the same for all users '
+        '(hetlora, flexlora, flora and consensus take any)'
+    )
 if dtype == 'auto':
     dtype = 'bfloat16' if device_type == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
 autocast = torch.autocast(device_type, torch.bfloat16) if dtype == 'bfloat16' else contextlib.nullcontext()
-base_sha256 = fingerprint(base)                              # of the file, whatever becomes of the base in memory
+base_sha256 = fingerprint(base)  # of the file, whatever becomes of the base in memory
 fast_fp32(device_type)
-if dtype == 'bfloat16' and aggregate != 'flora':             # flora adds to the base, which float32 is needed for
+if dtype == 'bfloat16' and aggregate != 'flora':  # flora adds to the base, which float32 is needed for
     store_in_bf16(base)
+
 
 # ---- users: own data, own LoRA and router, own optimizers, one frozen base for all ---------------------------------
 def build(i: int) -> tuple[GPT, dict, dict]:
     """(model, {name: role}, {name: parameter} of all that is user i's)."""
-    model = add_lora(base, experts_of[i], n_generalists, rank_of[i], lora_alpha, top_k, router != 'mean', routing_unit,
-                     one_routing, ghost_noise)
+    routing = (top_k, router != 'mean', routing_unit, one_routing)
+    model = add_lora(base, experts_of[i], n_generalists, rank_of[i], lora_alpha, *routing, ghost_noise)
     role = roles(model)
     return model, role, {name: p for name, p in model.named_parameters() if name in role}
 
 
-_, role, adapter = build(rank_of.index(max(rank_of)))        # a user of the largest rank
-common = federate.shared_names(role, share_attention) if shares else []          # these start equal in all users
-shared = [name for name in common if name[-1] in {'ffa': 'B', 'fedsa': 'A'}.get(aggregate, 'AB')]   # these leave every round
+_, role, adapter = build(rank_of.index(max(rank_of)))  # a user of the largest rank
+common = federate.shared_names(role, share_attention) if shares else []  # these start equal in all users
+shared = [name for name in common if name[-1] in {'ffa': 'B', 'fedsa': 'A'}.get(aggregate, 'AB')]  # these leave every round
 origin = {name: initial(name, adapter[name].shape, seed, 'server') for name in common}
 server = {name: origin[name] for name in shared} if aggregate != 'flora' else {}  # what everybody's next round starts from
 
@@ -256,20 +287,34 @@ server = {name: origin[name] for name in shared} if aggregate != 'flora' else {}
 def wake(i: int) -> SimpleNamespace:
     """User i in memory: as its file has it or, if it never took part, as everybody starts."""
     model, role, adapter = build(i)
-    theta = [p for name, p in adapter.items() if role[name] != 'router'             # experts: the lower level
-             and not (aggregate == 'ffa' and name in common and name.endswith('.A'))]
+    frozen = {name for name in common if aggregate == 'ffa' and name.endswith('.A')}
+    theta = [p for name, p in adapter.items() if role[name] != 'router' and name not in frozen]  # experts: the lower level
     phi = [p for name, p in adapter.items() if role[name] == 'router' and router == 'learned']  # the upper level
     adamw = dict(betas=(0.9, 0.95), weight_decay=weight_decay, fused=device_type != 'mps')
     data, tests = texts_of(i)
     user = SimpleNamespace(
-        id=i, name='all' if pooled else names[i], data=data, tests=tests, model=model, role=role, adapter=adapter,
+        id=i,
+        name='all' if pooled else names[i],
+        data=data,
+        tests=tests,
+        model=model,
+        role=role,
+        adapter=adapter,
         loss=torch.compile(model.loss) if compile else model.loss,
         expert_opt=torch.optim.AdamW(theta + phi if router_data == 'joint' else theta, lr=expert_lr, **adamw),
         router_opt=torch.optim.AdamW(phi, lr=router_lr, **adamw) if phi and router_data != 'joint' else None,
-        batch_size=batch_size * len(tests), trained={id(p) for p in theta + phi}, trainable=sum(p.numel() for p in theta + phi),
-        rank=rank_of[i],                                     # of its generalists, MLP only: hetlora prunes it
-        download={}, pseudo_labels=None,                     # what some rules give a user of its own
-        bytes_up=0, bytes_down=0, stacks_seen=0, expert_steps=0, router_steps=0)
+        batch_size=batch_size * len(tests),
+        trained={id(p) for p in theta + phi},
+        trainable=sum(p.numel() for p in theta + phi),
+        rank=rank_of[i],  # of its generalists, MLP only: hetlora prunes it
+        download={},
+        pseudo_labels=None,  # what some rules give a user of its own
+        bytes_up=0,
+        bytes_down=0,
+        stacks_seen=0,
+        expert_steps=0,
+        router_steps=0,
+    )
     if i in last_round:
         checkpoint.restore_user(checkpoint.user_file(kept_in, i, last_round[i]), user)
     else:
@@ -303,22 +348,27 @@ def sample(n: int, *key: int) -> list[int]:
     return list(range(N)) if n >= N else sorted(np.random.default_rng((seed, 0, *key)).choice(N, n, replace=False).tolist())
 
 
-users, last_round = [], {}                                   # in memory here; {user: the last round that it took part in}
+users, last_round = [], {}  # in memory here; {user: the last round that it took part in}
 tested = sample(test_users or N, 0, 0, 1)
 
 
 def whole_windows(tokens: np.ndarray, n: int) -> torch.Tensor:
     """The first n whole windows of a stream, or as many as it has: (n, T)."""
     n = min(n, len(tokens) // block_size)
-    return torch.from_numpy(tokens[:n * block_size].astype(np.int64)).view(n, block_size)
+    return torch.from_numpy(tokens[: n * block_size].astype(np.int64)).view(n, block_size)
 
 
 if asks_public:
-    public = whole_windows(public, judge_windows) if public_text else torch.cat(
-        [whole_windows(texts_of(i)[0]['valid'], math.ceil(judge_windows / N)) for i in range(min(N, judge_windows))])
+    public = (
+        whole_windows(public, judge_windows)
+        if public_text
+        else torch.cat(
+            [whole_windows(texts_of(i)[0]['valid'], math.ceil(judge_windows / N)) for i in range(min(N, judge_windows))]
+        )
+    )
     if not len(public):
         die(f'--public_text={public_text} is shorter than one window of {block_size} tokens')
-    public = public.to(device)                               # (W, T)
+    public = public.to(device)  # (W, T)
 
 
 def descend(user: SimpleNamespace, optimizer: torch.optim.Optimizer, tokens: np.ndarray, key: tuple) -> tuple[float, float]:
@@ -331,12 +381,12 @@ def descend(user: SimpleNamespace, optimizer: torch.optim.Optimizer, tokens: np.
         if not leak_gradients:
             p.grad = None
     if ghost_noise:
-        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))             # the one use of this generator
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))  # the one use of this generator
     user.model.train()
     sums = torch.zeros(2, device=device)
-    x, y = (t.to(device) for t in get_batch(tokens, user.batch_size, block_size, key))        # (B, T) each
+    x, y = (t.to(device) for t in get_batch(tokens, user.batch_size, block_size, key))  # (B, T) each
     distil = user.pseudo_labels if optimizer is user.expert_opt else None
-    if distil:                                               # as many windows of public text beside the private ones
+    if distil:  # as many windows of public text beside the private ones
         pick = torch.from_numpy(np.random.default_rng((*key, 1)).integers(0, len(public), user.batch_size)).to(device)  # (B,)
         pick = pick.split(micro_batch_size)
     for i, (x, y) in enumerate(zip(x.split(micro_batch_size), y.split(micro_batch_size))):
@@ -350,7 +400,7 @@ def descend(user: SimpleNamespace, optimizer: torch.optim.Optimizer, tokens: np.
             if distil:
                 psi = [v[pick[i]].flatten(0, 1) for v in distil]
                 loss = loss + consensus_coef * federate.consensus_loss(user.model(public[pick[i]])[0].flatten(0, 1), psi)
-        (loss * share).backward()                            # frees this micro-batch's graph: one is alive at a time
+        (loss * share).backward()  # frees this micro-batch's graph: one is alive at a time
         sums += torch.stack((ce.detach(), torch.as_tensor(lb, device=device).detach())) * share
     optimizer.step()
     for p in user.adapter.values():
@@ -370,8 +420,18 @@ def test_perplexity(user: SimpleNamespace, model: GPT, when: str, **at: int) -> 
     for i, tokens in user.tests:
         with autocast:
             result = evaluate(model, tokens, block_size)
-        log('eval', **{'step': user.expert_steps, 'user': i, 'split': 'test', 'when': when, 'loss': result['loss'],
-                       'ppl': result['ppl'], **at})
+        log(
+            'eval',
+            **{
+                'step': user.expert_steps,
+                'user': i,
+                'split': 'test',
+                'when': when,
+                'loss': result['loss'],
+                'ppl': result['ppl'],
+                **at,
+            },
+        )
 
 
 def of_all(when: str) -> list[float | None]:
@@ -385,7 +445,7 @@ def judged(user: SimpleNamespace, tensors: dict) -> float:
     own = {name: user.adapter[name].detach().clone() for name in tensors}
     load(user, tensors)
     with autocast:
-        loss = evaluate(user.model, user.data['valid'][:judge_windows * block_size + 1], block_size)['loss']
+        loss = evaluate(user.model, user.data['valid'][: judge_windows * block_size + 1], block_size)['loss']
     load(user, own)
     return loss
 
@@ -408,7 +468,7 @@ def trust_scores(present: list[int], updates: list[dict]) -> torch.Tensor:
     """S (n, n): how good user i finds user j (PCL). What this costs beside the updates is added to the users' bytes."""
     if trust == 'weights':
         return federate.weight_scores(updates)
-    if trust == 'validation':                                # every user gets the others' updates and sends n numbers
+    if trust == 'validation':  # every user gets the others' updates and sends n numbers
         for user in users:
             user.bytes_up += 4 * len(updates)
             user.bytes_down += sum(federate.n_bytes(u) for i, u in zip(present, updates) if i != user.id)
@@ -430,8 +490,8 @@ def all_predictions(logits: bool = False) -> list[tuple]:
 def combine(present: list[int], updates: list[dict]) -> tuple[dict, dict]:
     """(what everybody's next round starts from, {user: what its own starts from instead}): the rule that --aggregate names,
     applied to what those present sent."""
-    if aggregate in ('fedavg', 'ffa', 'fedsa'):              # the same mean, of A and B, of B alone, of A alone
-        return federate.fedavg(updates), {}                  # θ^G = 1/N Σ_i θ_i^G
+    if aggregate in ('fedavg', 'ffa', 'fedsa'):  # the same mean, of A and B, of B alone, of A alone
+        return federate.fedavg(updates), {}  # θ^G = 1/N Σ_i θ_i^G
     if aggregate == 'median':
         return federate.median(updates), {}
     if aggregate == 'trimmed_mean':
@@ -446,7 +506,7 @@ def combine(present: list[int], updates: list[dict]) -> tuple[dict, dict]:
         log('trust', users=present, matrix=W.tolist())
         for user in users:
             psi = federate.consensus(predictions, W[present.index(user.id)].tolist(), base.config.vocab_size)
-            user.pseudo_labels = [v.view(*public.shape, -1).to(device) for v in psi]         # (W, T, K) ids, probabilities
+            user.pseudo_labels = [v.view(*public.shape, -1).to(device) for v in psi]  # (W, T, K) ids, probabilities
             user.bytes_down += federate.n_bytes(dict(enumerate(psi)))
     if not shares:
         return {}, {}
@@ -455,17 +515,17 @@ def combine(present: list[int], updates: list[dict]) -> tuple[dict, dict]:
     attention = [{name: v for name, v in update.items() if 'generalists' not in name} for update in updates]
     total = sum(n_train[i] for i in present)
     weights, scalings = [n_train[i] / total for i in present], [lora_alpha / math.sqrt(rank_of[i]) for i in present]
-    if aggregate == 'hetlora':                               # a user takes the first components, up to its rank
+    if aggregate == 'hetlora':  # a user takes the first components, up to its rank
         return federate.hetlora(experts, scalings) | federate.fedavg(attention), {}
     if aggregate == 'flexlora':
         return federate.flexlora(experts, weights, scalings) | federate.fedavg(attention), {}
-    gamma = lora_alpha / math.sqrt(8)                        # of the attention LoRAs, whose rank is 8
+    gamma = lora_alpha / math.sqrt(8)  # of the attention LoRAs, whose rank is 8
     return federate.flora(experts, weights, scalings) | federate.flora(attention, weights, [gamma] * len(updates)), {}
 
 
 def receive(user: SimpleNamespace) -> None:
     """Download: the user's shared tensors become what the server has for it. Adam's moments of other factors are dropped."""
-    if aggregate == 'flora':                                 # all stacks since it last asked; they are merged into `base`
+    if aggregate == 'flora':  # all stacks since it last asked; they are merged into `base`
         user.bytes_down, user.stacks_seen = user.bytes_down + clock['stacks'] - user.stacks_seen, clock['stacks']
         download = {name: initial(name, user.adapter[name].shape, seed, 'server', t) for name in shared}
     else:
@@ -497,7 +557,7 @@ def prune(user: SimpleNamespace) -> None:
     for name, p in user.adapter.items():
         if user.role[name] == 'generalist':
             for v in (p.detach(), *(m for m in user.expert_opt.state[p].values() if m.shape == p.shape)):
-                (v[user.rank:] if name.endswith('.A') else v[:, user.rank:]).zero_()
+                (v[user.rank :] if name.endswith('.A') else v[:, user.rank :]).zero_()
 
 
 def fusion(user: SimpleNamespace) -> tuple[float, float]:
@@ -507,6 +567,7 @@ def fusion(user: SimpleNamespace) -> tuple[float, float]:
 
     def cost(w):
         return judged(user, federate.fuse(own, server, *w)) + 0.05 * (abs(w[0]) + abs(w[1])) / 2
+
     cost = functools.cache(cost)
     best, step = min(((1.0, 0.0), (0.0, 1.0), (0.5, 0.5)), key=cost), 0.25
     while step > 0.05:
@@ -554,12 +615,15 @@ def save_round(present: list[int]) -> None:
     last_round.update(dict.fromkeys(present, t + 1))
     for u in users:
         checkpoint.save_user(checkpoint.user_file(kept_in, u.id, t + 1), u)
-    federate.all_gather({})                                  # everybody's files are there
+    federate.all_gather({})  # everybody's files are there
     if process == 0:
         tensors = {f'server/{name}': v for name, v in for_all().items()}
         tensors |= {f'base/{name}': v for name, v in base.state_dict().items()} if aggregate == 'flora' else {}
-        checkpoint.save(kept_in / 'round.safetensors', tensors, {
-            'round': t + 1, 'identity': identity, 'metrics_bytes': metrics.tell(), 'clock': clock})
+        checkpoint.save(
+            kept_in / 'round.safetensors',
+            tensors,
+            {'round': t + 1, 'identity': identity, 'metrics_bytes': metrics.tell(), 'clock': clock},
+        )
     federate.all_gather({})
     for u in users:
         if u.id in before:
@@ -575,39 +639,66 @@ def save_adapters() -> None:
     """Each user's own tensors, and the server's, with what a reader needs to rebuild the model around them."""
     here = {user.id: user.adapter for user in users}
     for i in sorted({*last_round, *([0] if pooled else tested)})[process::processes]:
-        facts = {'user': i, 'name': 'all' if pooled else names[i], 'base': init_from, 'base_sha256': identity['base'],
-                 'method': method, 'n_experts': experts_of[i], 'n_generalists': n_generalists, 'rank': rank_of[i],
-                 'attention_rank': 8, 'alpha': lora_alpha, 'scaling': lora_alpha / math.sqrt(rank_of[i]),
-                 'top_k': top_k, 'router': router, 'round': last_round.get(i, 0)}
+        facts = {
+            'user': i,
+            'name': 'all' if pooled else names[i],
+            'base': init_from,
+            'base_sha256': identity['base'],
+            'method': method,
+            'n_experts': experts_of[i],
+            'n_generalists': n_generalists,
+            'rank': rank_of[i],
+            'attention_rank': 8,
+            'alpha': lora_alpha,
+            'scaling': lora_alpha / math.sqrt(rank_of[i]),
+            'top_k': top_k,
+            'router': router,
+            'round': last_round.get(i, 0),
+        }
         own = here[i] if i in here else checkpoint.read(checkpoint.user_file(kept_in, i, last_round[i]), 'adapter/')[0]
         tensors = {name: p.detach().cpu().contiguous() for name, p in own.items()}
-        write_atomically(out / 'adapters' / f'user{i}.safetensors',
-                         lambda file: save_file(tensors, file, {k: str(v) for k, v in facts.items()}))
+        write_atomically(
+            out / 'adapters' / f'user{i}.safetensors',
+            lambda file: save_file(tensors, file, {k: str(v) for k, v in facts.items()}),
+        )
     if aggregate in federate.ONE_MODEL and process == 0:
-        write_atomically(out / 'adapters' / 'server.safetensors', lambda file: save_file(
-            {n: v.detach().cpu().contiguous() for n, v in for_all().items()}, file, {'base': init_from, 'round': str(rounds)}))
+        write_atomically(
+            out / 'adapters' / 'server.safetensors',
+            lambda file: save_file(
+                {n: v.detach().cpu().contiguous() for n, v in for_all().items()},
+                file,
+                {'base': init_from, 'round': str(rounds)},
+            ),
+        )
     if aggregate == 'flora' and process == 0:
         write_atomically(out / 'adapters' / 'base.safetensors', lambda file: save_gpt(base, file))
 
 
 def git_commit() -> str:
     try:
-        return subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*'], capture_output=True,
-                              text=True, timeout=10, cwd=Path(__file__).parent).stdout.strip()
+        return subprocess.run(
+            ['git', 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*'],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            cwd=Path(__file__).parent,
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ''
 
 
 # what must be the same for a run to be continued: the base, the data and every switch that shapes the numbers
 free = ('out_dir', 'resume', 'overwrite', 'device', 'init_from', 'dataset')
-identity = {**{k: v for k, v in config.items() if k not in free}, 'base': base_sha256,
-            'data': hashlib.sha256(json.dumps([u['sha256'] for u in meta['users']]).encode()).hexdigest(),
-            'public': None if public is None else hashlib.sha256(public.cpu().numpy().tobytes()).hexdigest()}
-identity = json.loads(json.dumps(identity))                  # as a file gives it back: tuples are lists
+identity = {
+    **{k: v for k, v in config.items() if k not in free},
+    'base': base_sha256,
+    'data': hashlib.sha256(json.dumps([u['sha256'] for u in meta['users']]).encode()).hexdigest(),
+    'public': None if public is None else hashlib.sha256(public.cpu().numpy().tobytes()).hexdigest(),
+}
+identity = json.loads(json.dumps(identity))  # as a file gives it back: tuples are lists
 start, kept_in, pending, results = 0, out / 'checkpoint', [], {}
-clock = {'seconds': 0.0, 'training': 0.0, 'bytes_up': 0, 'bytes_down': 0, 'steps': 0, 'stacks': 0,
-         'checkpoints': 0.0}
-if processes > 1:                                            # who dies closes its connections, and the others notice at once
+clock = {'seconds': 0.0, 'training': 0.0, 'bytes_up': 0, 'bytes_down': 0, 'steps': 0, 'stacks': 0, 'checkpoints': 0.0}
+if processes > 1:  # who dies closes its connections, and the others notice at once
     dist.init_process_group('gloo', timeout=datetime.timedelta(days=7))
 if resume:
     try:
@@ -626,21 +717,42 @@ if resume:
         die(f'{error}: start again with --overwrite')
     if aggregate == 'flora':
         base.load_state_dict(checkpoint.part(tensors, 'base/'))
-federate.all_gather({})                                      # all have checked and read before anything is written
+federate.all_gather({})  # all have checked and read before anything is written
 if process == 0 and resume:
-    os.truncate(out / 'metrics.jsonl', facts['metrics_bytes'])   # lines of a round that was not finished are run again
+    os.truncate(out / 'metrics.jsonl', facts['metrics_bytes'])  # lines of a round that was not finished are run again
     checkpoint.remove_others(kept_in, last_round)
 elif process == 0:
     try:
         kept_in.mkdir(parents=True, exist_ok=True)
         (out / 'adapters').mkdir(exist_ok=True)
-        for old in (out / 'summary.json', kept_in / 'round.safetensors', out / 'metrics.jsonl', out / 'trust.png',
-                    *kept_in.iterdir(), *out.glob('adapters/*.safetensors')):
+        for old in (
+            out / 'summary.json',
+            kept_in / 'round.safetensors',
+            out / 'metrics.jsonl',
+            out / 'trust.png',
+            *kept_in.iterdir(),
+            *out.glob('adapters/*.safetensors'),
+        ):
             old.unlink(missing_ok=True)
         versions = {'python': sys.version.split()[0], 'torch': torch.__version__, 'numpy': np.__version__}
-        write_atomically(out / 'config.json', lambda file: file.write_text(json.dumps(
-            {**config, 'device': device, 'dtype': dtype, 'versions': versions, 'git_commit': git_commit(),
-             'base_sha256': identity['base'], 'users': names, 'tested': tested}, indent=1)))
+        write_atomically(
+            out / 'config.json',
+            lambda file: file.write_text(
+                json.dumps(
+                    {
+                        **config,
+                        'device': device,
+                        'dtype': dtype,
+                        'versions': versions,
+                        'git_commit': git_commit(),
+                        'base_sha256': identity['base'],
+                        'users': names,
+                        'tested': tested,
+                    },
+                    indent=1,
+                )
+            ),
+        )
     except OSError as error:
         die(f'cannot write to --out_dir={out_dir}: {error.strerror}')
 federate.all_gather({})
@@ -648,24 +760,32 @@ metrics = open(out / 'metrics.jsonl', 'a', encoding='utf-8') if process == 0 els
 
 # ---- Algorithm 1 ---------------------------------------------------------------------------------------------------
 n_present = max(1, round(participation * N))
-first = federate.truncate({name: origin[name] for name in shared}, rank_of[0])   # what user 0 sends a round
+first = federate.truncate({name: origin[name] for name in shared}, rank_of[0])  # what user 0 sends a round
 if process == 0:
     metrics.seek(0, os.SEEK_END)
-    print(f'{method} on {dataset} ({target}): {N} users' + f', {n_present} a round' * (n_present < N)
-          + f', {sum(p.numel() for p in base.parameters()):,} frozen parameters, '
-          f'{wake(0).trainable if rounds else 0:,} trainable (user 0), {federate.n_bytes(first):,} bytes of LoRA up '
-          f'per user and round, {device} {dtype}' + f', {processes} processes' * (processes > 1))
+    print(
+        f'{method} on {dataset} ({target}): {N} users'
+        + f', {n_present} a round' * (n_present < N)
+        + f', {sum(p.numel() for p in base.parameters()):,} frozen parameters, '
+        f'{wake(0).trainable if rounds else 0:,} trainable (user 0), {federate.n_bytes(first):,} bytes of LoRA up '
+        f'per user and round, {device} {dtype}' + f', {processes} processes' * (processes > 1)
+    )
 began_round_1 = time.time()
 began, t = began_round_1 - clock['seconds'], start - 1
-bar = tqdm(total=rounds * n_present * local_steps, initial=start * n_present * local_steps, unit='step', smoothing=0.05,
-           disable=None if process == 0 else True)
+bar = tqdm(
+    total=rounds * n_present * local_steps,
+    initial=start * n_present * local_steps,
+    unit='step',
+    smoothing=0.05,
+    disable=None if process == 0 else True,
+)
 for t in range(start, rounds):
     last = t + 1 == rounds
-    present = sample(n_present, t, 0, 2)                     # by (seed, round) alone
+    present = sample(n_present, t, 0, 2)  # by (seed, round) alone
     if aggregate == 'flora':
         merge(server)
-    for user in awake(present[process::processes]):          # in parallel in the paper, here in turn or in several processes
-        receive(user)                                        # download: every user starts from the same generalists
+    for user in awake(present[process::processes]):  # in parallel in the paper, here in turn or in several processes
+        receive(user)  # download: every user starts from the same generalists
         tail = federate.tail_norm(user.adapter, user.rank, prune_gamma) if aggregate == 'hetlora' else 0
         tic, tested_so_far = time.time(), cell(mean(of_all('local')))
         for h in range(local_steps):
@@ -677,30 +797,45 @@ for t in range(start, rounds):
             user.expert_steps += 1
             log('train', step=user.expert_steps, user=user.id, loss=ce, ppl=perplexity(ce), lb=lb, lr=lr)
             if not math.isfinite(ce):
-                sys.exit(f'user {user.id} ({user.name}): the training loss is {ce} at step {user.expert_steps}: '
-                         f'lower --expert_lr; the last finished round is kept in {out_dir}/checkpoint')
+                sys.exit(
+                    f'user {user.id} ({user.name}): the training loss is {ce} at step {user.expert_steps}: '
+                    f'lower --expert_lr; the last finished round is kept in {out_dir}/checkpoint'
+                )
             if user.router_opt and user.expert_steps % router_every == 0:
                 for _ in range(router_steps):
                     # eq. (3), upper level: the router descends on the validation set, experts fixed
                     ce_valid, lb = descend(user, user.router_opt, user.data[router_data], (seed, user.id, 1, user.router_steps))
                     user.router_steps += 1
-                    log('router', step=user.expert_steps, router_step=user.router_steps, user=user.id, loss=ce_valid,
-                        ppl=perplexity(ce_valid), lb=lb, lr=router_lr)
+                    log(
+                        'router',
+                        step=user.expert_steps,
+                        router_step=user.router_steps,
+                        user=user.id,
+                        loss=ce_valid,
+                        ppl=perplexity(ce_valid),
+                        lb=lb,
+                        lr=router_lr,
+                    )
             bar.update()
             bar.set_postfix({'round': t + 1, 'user': user.name, 'loss': f'{ce:.3f}', 'test ppl': tested_so_far})
         if aggregate == 'hetlora' and federate.tail_norm(user.adapter, user.rank, prune_gamma) < tail:
             prune(user)
         clock['training'] += time.time() - tic
-        if (last or (t + 1) % eval_every == 0) and user.id in tested:      # after local steps, before aggregation
+        if (last or (t + 1) % eval_every == 0) and user.id in tested:  # after local steps, before aggregation
             test_perplexity(user, user.model, 'local')
-    bar.update((len(present) - len(users)) * local_steps)    # other processes' steps
+    bar.update((len(present) - len(users)) * local_steps)  # other processes' steps
     publish()
     updates = gathered({user.id: upload(user) for user in users})
     server, own = combine(present, [{name: updates[i][name] for name in shared} for i in present])
     for user in users:
         user.download = own.get(user.id, {})
-        log('comm', step=user.expert_steps, user=user.id, bytes_up=user.bytes_up + federate.n_bytes(updates[user.id]),
-            bytes_down=user.bytes_down)
+        log(
+            'comm',
+            step=user.expert_steps,
+            user=user.id,
+            bytes_up=user.bytes_up + federate.n_bytes(updates[user.id]),
+            bytes_down=user.bytes_down,
+        )
         user.bytes_up = user.bytes_down = 0
     publish()
     clock['seconds'], tic = time.time() - began, time.time()
@@ -708,9 +843,14 @@ for t in range(start, rounds):
     clock['checkpoints'] += time.time() - tic
     ppl = of_all('local')
     if process == 0 and mean(ppl) is not None and (last or (t + 1) % eval_every == 0):
-        tqdm.write(f'round {t + 1:3}/{rounds}  test perplexity ' + (
-            '  '.join(f'{name} {cell(p)}' for name, p in zip(names, ppl)) if len(ppl) == len(names) <= 8
-            else f'{cell(mean(ppl))} (mean of {sum(p is not None for p in ppl)} users)'))
+        tqdm.write(
+            f'round {t + 1:3}/{rounds}  test perplexity '
+            + (
+                '  '.join(f'{name} {cell(p)}' for name, p in zip(names, ppl))
+                if len(ppl) == len(names) <= 8
+                else f'{cell(mean(ppl))} (mean of {sum(p is not None for p in ppl)} users)'
+            )
+        )
 bar.close()
 seconds_of_rounds = time.time() - began_round_1
 
@@ -721,18 +861,18 @@ for user in users if fuse and rounds else ():
     log('fusion', step=user.expert_steps, user=user.id, own=w1, mean=w2)
     test_perplexity(user, user.model, 'fused')
 publish()
-for user in users:                                           # what choices between runs may look at
+for user in users:  # what choices between runs may look at
     with autocast:
         result = evaluate(user.model, user.data['valid'], block_size)
     log('eval', step=user.expert_steps, user=user.id, split='valid', when='final', loss=result['loss'], ppl=result['ppl'])
 publish()
 save_adapters()
-original = base                                              # and the base as it was before training
+original = base  # and the base as it was before training
 if aggregate == 'flora':
     original = load_gpt(init_from).to(device)
     merge(server)
 after = bool(shares and rounds)
-for user in users if after else ():                          # the same users once more, after the last aggregation
+for user in users if after else ():  # the same users once more, after the last aggregation
     receive(user)
     test_perplexity(user, user.model, 'aggregated')
 publish()
@@ -747,33 +887,53 @@ if process > 0:
 metrics.close()
 if rounds and (aggregate == 'trust' or aggregate == 'consensus' and rounds >= consensus_start):
     import plot
+
     plot.trust(out)
 when = 'pretrained' if rounds == 0 else 'fused' if fuse else 'local'
 ppl = of_all(when)
 ids = list(range(len(names))) if pooled else tested
 n_tokens = [1 if target == 'mixture' else meta['users'][i]['tokens']['test'] - 1 for i in ids]
 summary = {
-    'method': method, 'dataset': dataset, 'target': target, 'seed': seed, 'rounds': rounds,
-    'users': [names[i] for i in ids], 'user_ids': ids,
-    'mean_test_ppl': mean(ppl), 'test_ppl': ppl,
-    'pretrained_test_ppl': of_all('pretrained'), 'aggregated_test_ppl': of_all('aggregated') if after else None,
+    'method': method,
+    'dataset': dataset,
+    'target': target,
+    'seed': seed,
+    'rounds': rounds,
+    'users': [names[i] for i in ids],
+    'user_ids': ids,
+    'mean_test_ppl': mean(ppl),
+    'test_ppl': ppl,
+    'pretrained_test_ppl': of_all('pretrained'),
+    'aggregated_test_ppl': of_all('aggregated') if after else None,
     'mean_aggregated_test_ppl': mean(of_all('aggregated')),
     # exp of the mean loss over all test tokens: what a model of pooled text is scored by elsewhere, below the mean of users
     'pooled_test_ppl': None if None in ppl else perplexity(np.average(np.log(ppl), weights=n_tokens)),
-    'mean_valid_ppl': mean([*results['final'].values()]), 'valid_ppl': [*results['final'].values()],
+    'mean_valid_ppl': mean([*results['final'].values()]),
+    'valid_ppl': [*results['final'].values()],
     'trainable_params': [own['n'].item() if rounds else 0 for own in trainable.values()],
     'shared_params': sum(v.numel() for v in first.values()) if rounds else 0,
-    'bytes_up': clock['bytes_up'], 'bytes_down': clock['bytes_down'],
-    'seconds': time.time() - began, 'startup_seconds': began_round_1 - began_script,      # from here, after the imports
+    'bytes_up': clock['bytes_up'],
+    'bytes_down': clock['bytes_down'],
+    'seconds': time.time() - began,
+    'startup_seconds': began_round_1 - began_script,  # from here, after the imports
     'seconds_per_round': seconds_of_rounds / max(1, rounds - start),
-    'checkpoint_seconds': clock['checkpoints'] / max(1, rounds),                           # of a round
+    'checkpoint_seconds': clock['checkpoints'] / max(1, rounds),  # of a round
     'tokens_per_second': clock['steps'] * batch_size * (len(names) if pooled else 1) * block_size / clock['training']
-    if rounds else None,
-    'peak_rss_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)}
+    if rounds
+    else None,
+    'peak_rss_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024),
+}
 write_atomically(out / 'summary.json', lambda file: file.write_text(json.dumps(summary, indent=1)))
 columns = {'pretrained': of_all('pretrained'), method: ppl} | ({'after aggregation': of_all('aggregated')} if after else {})
-columns = {name: column for name, column in columns.items() if mean(column) is not None}     # of a few tested, perhaps nobody
+columns = {name: column for name, column in columns.items() if mean(column) is not None}  # of a few tested, perhaps nobody
 rows = [[name, *row] for name, row in zip(summary['users'], zip(*columns.values()))]
-print(table(['test perplexity', *columns], [*(rows if len(rows) <= 20 else ()), [
-    f'mean of {len(rows)}' if len(rows) > 20 else 'mean', *map(mean, columns.values())]]))
+print(
+    table(
+        ['test perplexity', *columns],
+        [
+            *(rows if len(rows) <= 20 else ()),
+            [f'mean of {len(rows)}' if len(rows) > 20 else 'mean', *map(mean, columns.values())],
+        ],
+    )
+)
 print(f'{summary["seconds"]:.0f} s; wrote {out}/summary.json, metrics.jsonl, config.json, checkpoint/, adapters/')

@@ -3,4 +3,4 @@ dataset = 'slimpajama'
 out_dir = 'out/slimpajama_1gxs'
 rounds = 50
 method = 'comigs_1gxs'
-n_experts = (2, 4, 4, 2)        # the paper's other row is 4,2,2,4
+n_experts = (2, 4, 4, 2)  # the paper's other row is 4,2,2,4

@@ -3,6 +3,7 @@
 Four kinds, one per user of the demo, and other packages' code for the base model. Everything is read as text; no
 package is imported. The result depends on the versions of Python and of requirements.txt's packages only: files are
 visited in the order of their paths' hashes, which scatters over the packages whatever is taken first."""
+
 import ast
 import hashlib
 import re
@@ -14,14 +15,14 @@ from pathlib import Path
 STDLIB = Path(sysconfig.get_path('stdlib'))
 PACKAGES = Path(sysconfig.get_path('purelib'))
 REQUIREMENTS = Path(__file__).parent.parent / 'requirements.txt'
-DOCSTRINGS_OF = ('torch', 'numpy', 'matplotlib', 'networkx')     # the prose user reads these, the base must not
+DOCSTRINGS_OF = ('torch', 'numpy', 'matplotlib', 'networkx')  # the prose user reads these, the base must not
 CODE_FOR_BASE = ('pandas', 'sympy', 'transformers', 'peft', 'fontTools', 'pip', 'aiohttp', 'fsspec', 'PIL', 'mpmath')
 HEADERS_FOR_BASE = ('pyarrow/include', 'numpy/_core/include')
-CAP, BASE_CAP = 8_000, 20_000              # characters of one document: no single file fills a user's text
+CAP, BASE_CAP = 8_000, 20_000  # characters of one document: no single file fills a user's text
 LIMIT, BASE_LIMIT = 1_000_000, 12_000_000  # characters of one user, of one kind of code in the base's corpus
-MIN_BLOCK = 40             # characters; shorter blocks ('else:', '}') may repeat
+MIN_BLOCK = 40  # characters; shorter blocks ('else:', '}') may repeat
 MIN_LINE = 30
-WASTE = 1.5                # characters to have per character asked: what fills a split is cut, and its rest dropped
+WASTE = 1.5  # characters to have per character asked: what fills a split is cut, and its rest dropped
 
 
 def demo_documents() -> dict[str, list[str]]:
@@ -41,15 +42,19 @@ def many_documents(chars: int, least: int, mixed: bool) -> dict[str, list[str]]:
     split has, so that little is cut off. No block repeats, but two users may hold different parts of one file. For `mixed`
     users a kind that is too small for an equal part is left out. Raises ValueError if less than two are large enough."""
     seen, size = set(), min(CAP, max(100, least))
-    kinds = {name: [piece for text in texts for piece in cut_all('\n\n'.join(new_blocks(text, seen)), size)]
-             for name, texts in demo_kinds().items()}
+    kinds = {
+        name: [piece for text in texts for piece in cut_all('\n\n'.join(new_blocks(text, seen)), size)]
+        for name, texts in demo_kinds().items()
+    }
     held = {name: sum(map(len, texts)) for name, texts in kinds.items()}
     there = ', '.join(f'{name} {n:,}' for name, n in held.items())
     while mixed and min(held.values()) * len(held) < WASTE * chars:
         held.pop(min(held, key=held.get))
         if len(held) < 2:
-            raise ValueError(f'the users ask for {chars:,} characters, too much for two kinds of installed text or more '
-                             f'({there}): lower --users or the sizes of their splits')
+            raise ValueError(
+                f'the users ask for {chars:,} characters, too much for two kinds of installed text or more '
+                f'({there}): lower --users or the sizes of their splits'
+            )
     return {name: kinds[name] for name in held}
 
 
@@ -67,8 +72,10 @@ def base_documents(exclude: list[str]) -> dict[str, list[str]]:
         return '\n'.join(line for line in read(path).splitlines() if line.strip() not in taken)
 
     folders = [PACKAGES / folder for folder in HEADERS_FOR_BASE] + [Path(sysconfig.get_path('include'))]
-    paths = {'python': [path for package in CODE_FOR_BASE for path in (PACKAGES / package).rglob('*.py')],
-             'cpp': [path for folder in folders for path in folder.rglob('*.h')]}
+    paths = {
+        'python': [path for package in CODE_FOR_BASE for path in (PACKAGES / package).rglob('*.py')],
+        'cpp': [path for folder in folders for path in folder.rglob('*.h')],
+    }
     seen = set()
     return {name: collect(map(untaken, scattered(files)), seen, BASE_CAP, BASE_LIMIT) for name, files in paths.items()}
 
@@ -132,6 +139,7 @@ def scattered(paths: Iterable[Path]) -> list[Path]:
     def key(path: Path) -> str:
         root = next((root for root in roots if path.is_relative_to(root)), path.parent)
         return hashlib.md5(path.relative_to(root).as_posix().encode(), usedforsecurity=False).hexdigest()
+
     return sorted(paths, key=key)
 
 
@@ -151,7 +159,7 @@ def cpp_headers() -> Iterable[str]:
 def reference_prose() -> Iterable[str]:
     """Paragraphs of pydoc's language reference and of docstrings that read as English; a topic or a file a document."""
     for node in ast.parse(read(STDLIB / 'pydoc_data' / 'topics.py') or '{}').body:
-        if isinstance(node, ast.Assign):            # topics = {name: text, ...}
+        if isinstance(node, ast.Assign):  # topics = {name: text, ...}
             for text in node.value.values:
                 yield '\n\n'.join(prose(ast.literal_eval(text)))
     paths = (path for package in DOCSTRINGS_OF for path in (PACKAGES / package).rglob('*.py') if 'tests' not in path.parts)
@@ -173,8 +181,9 @@ def statements(tree: ast.Module) -> Iterable[ast.AST]:
     """In the order of ast.walk, but not into expressions, which are most of a tree and have no docstrings."""
     nodes = [tree]
     for node in nodes:  # grows
-        nodes += [child for child in ast.iter_child_nodes(node)
-                  if isinstance(child, (ast.stmt, ast.excepthandler, ast.match_case))]
+        nodes += [
+            child for child in ast.iter_child_nodes(node) if isinstance(child, (ast.stmt, ast.excepthandler, ast.match_case))
+        ]
     return nodes
 
 
@@ -199,7 +208,7 @@ def package_readmes() -> Iterable[str]:
         try:
             package = packages.get(name) or metadata.distribution(name)
         except metadata.PackageNotFoundError:
-            continue                                # needed elsewhere: on another system, or for an extra
+            continue  # needed elsewhere: on another system, or for an extra
         if name not in packages:
             packages[name] = package
             names += [re.match(r'[\w.-]+', need)[0] for need in package.requires or [] if 'extra ==' not in need]

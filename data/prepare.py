@@ -11,6 +11,7 @@ local         one user per file (.txt, .jsonl, .jsonl.gz, .csv, .parquet with a 
               .txt in a sub-folder of ten or more is one document; other .txt files are cut into paragraphs at blank lines
 demo          four users, or thousands with --alpha, out of text that is installed with Python and its packages: no download
 base          what pretrain.py trains on: English Wikipedia and the installed text that demo does not use"""
+
 import argparse
 import hashlib
 import heapq
@@ -34,33 +35,59 @@ from data import sources
 from data.sources import MANY, one_line
 from data.stream import SPLITS, encoding
 
-BASE_TOKENS = 80_000_000     # English Wikipedia to take from the Hub for base; everything when it comes from --source
-BATCH_CHARS = 1_000_000      # text that is tokenised at once
-LEAD = 2                     # tokens of a separator, at most; a stream's first document loses its own
+BASE_TOKENS = 80_000_000  # English Wikipedia to take from the Hub for base; everything when it comes from --source
+BATCH_CHARS = 1_000_000  # text that is tokenised at once
+LEAD = 2  # tokens of a separator, at most; a stream's first document loses its own
 # open: where the documents come from. max_chars: what longer ones are cut to. tokens: default size of every user's splits, for
 # the three paper sets those of Table 3; a fraction of the text otherwise.
 SETS = {
     'agnews': dict(
-        open=sources.open_agnews, separator=' ', tokenizer='gpt2',
-        tokens={'train': (761_924, 756_719, 814_131, 771_460), 'valid': (48_809, 48_730, 50_398, 48_249),
-                'test': (48_167, 47_721, 48_344, 49_377)}),
+        open=sources.open_agnews,
+        separator=' ',
+        tokenizer='gpt2',
+        tokens={
+            'train': (761_924, 756_719, 814_131, 771_460),
+            'valid': (48_809, 48_730, 50_398, 48_249),
+            'test': (48_167, 47_721, 48_344, 49_377),
+        },
+    ),
     'multilingual': dict(
-        open=sources.open_multilingual, separator=' ', tokenizer='gpt2',
-        tokens={'train': (557_662, 407_498, 556_796, 451_584), 'valid': (300_764, 216_318, 220_071, 165_984),
-                'test': (229_720, 219_741, 210_570, 172_547)}),
+        open=sources.open_multilingual,
+        separator=' ',
+        tokenizer='gpt2',
+        tokens={
+            'train': (557_662, 407_498, 556_796, 451_584),
+            'valid': (300_764, 216_318, 220_071, 165_984),
+            'test': (229_720, 219_741, 210_570, 172_547),
+        },
+    ),
     'slimpajama': dict(  # 400 000 characters are about 100k tokens: a test stream holds two books or more
-        open=sources.open_slimpajama, separator=' ', tokenizer='gpt2', max_chars=400_000,
-        tokens={'train': (1_000_000,), 'valid': (200_000,), 'test': (200_000,)}),
-    'local': dict(open=sources.open_local, separator='\n\n', tokenizer='gpt2',
-                  tokens={'train': (0.8,), 'valid': (0.1,), 'test': (0.1,)}),
-    'demo': dict(open=sources.open_demo, separator='\n\n', tokenizer='bytes',
-                 tokens={'train': (40_000, 60_000, 80_000, 60_000), 'valid': (24_000,), 'test': (40_000,)}),
-    'base': dict(open=sources.open_base, separator='\n\n', tokenizer='bytes',
-                 tokens={'train': (0.98,), 'valid': (0.01,), 'test': (0.01,)}),
+        open=sources.open_slimpajama,
+        separator=' ',
+        tokenizer='gpt2',
+        max_chars=400_000,
+        tokens={'train': (1_000_000,), 'valid': (200_000,), 'test': (200_000,)},
+    ),
+    'local': dict(
+        open=sources.open_local, separator='\n\n', tokenizer='gpt2', tokens={'train': (0.8,), 'valid': (0.1,), 'test': (0.1,)}
+    ),
+    'demo': dict(
+        open=sources.open_demo,
+        separator='\n\n',
+        tokenizer='bytes',
+        tokens={'train': (40_000, 60_000, 80_000, 60_000), 'valid': (24_000,), 'test': (40_000,)},
+    ),
+    'base': dict(
+        open=sources.open_base,
+        separator='\n\n',
+        tokenizer='bytes',
+        tokens={'train': (0.98,), 'valid': (0.01,), 'test': (0.01,)},
+    ),
 }
 
 
 # ---- who gets how much of what --------------------------------------------------------------------------------------
+
 
 def sizes(options: dict, n_users: int) -> dict[str, list]:
     """Per split and user: tokens (int) or, by default in local and base, a fraction (float) of the user's text."""
@@ -121,8 +148,9 @@ def without_crumbs(asked: dict, shares: dict, n_documents: list[int]) -> dict[st
     """Shares of which every one can have a document. Where some category has fewer documents than are wanted of it (many
     users, small splits), the smallest parts of a user's text, under 2 % if that is enough or up to 40 %, go to its others."""
     for least in (0, 0.02, 0.05, 0.1, 0.2, 0.4):
-        larger = {split: np.where(share < np.minimum(least, share.max(1, keepdims=True)), 0, share)
-                  for split, share in shares.items()}
+        larger = {
+            split: np.where(share < np.minimum(least, share.max(1, keepdims=True)), 0, share) for split, share in shares.items()
+        }
         larger = {split: share / share.sum(1, keepdims=True) for split, share in larger.items()} if least else shares
         if all(n >= len(wanted(asked, larger, category)) for category, n in enumerate(n_documents)):
             break
@@ -130,6 +158,7 @@ def without_crumbs(asked: dict, shares: dict, n_documents: list[int]) -> dict[st
 
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------
+
 
 def encode(enc, text: str) -> np.ndarray:
     if enc.name == 'bytes':
@@ -146,8 +175,9 @@ def encode_all(enc, texts: list[str]) -> list[np.ndarray]:
     return tokens
 
 
-def fill(streams: list, names: list[str], asked: dict, shares: dict, enc, separator: str, max_chars: int | None,
-         spool: BinaryIO) -> list[np.ndarray]:
+def fill(
+    streams: list, names: list[str], asked: dict, shares: dict, enc, separator: str, max_chars: int | None, spool: BinaryIO
+) -> list[np.ndarray]:
     """Write the distinct documents of `streams` (data/sources.py), each as tokens of separator + text, to the file `spool`,
     until all that is asked is there.
 
@@ -235,11 +265,12 @@ def documents_in(spool: BinaryIO, part: np.ndarray, enc, separator: str) -> Iter
         spool.seek(place)
         ids = np.frombuffer(spool.read(n * dtype.itemsize), dtype)
         if i == 0:  # 'ignore': a lone document may have been cut within a character
-            ids = encode(enc, enc.decode_bytes(ids.tolist()).decode('utf-8', 'ignore')[len(separator):])
+            ids = encode(enc, enc.decode_bytes(ids.tolist()).decode('utf-8', 'ignore')[len(separator) :])
         yield ids
 
 
 # ---- the folder -----------------------------------------------------------------------------------------------------
+
 
 def write(folder: Path, names: list[str], parts: dict, asked: dict, spool: BinaryIO, enc, meta: dict) -> dict:
     """Write all streams and meta.json under a temporary name, then rename: what stands at `folder` is always complete."""
@@ -254,7 +285,7 @@ def write(folder: Path, names: list[str], parts: dict, asked: dict, spool: Binar
             tokens, documents, text, digest = 0, 0, 0, hashlib.sha256()
             with (partial / f'user{i}_{split}.bin').open('wb') as file:
                 for ids in documents_in(spool, part, enc, meta['separator']):
-                    ids = ids[:size - tokens]
+                    ids = ids[: size - tokens]
                     file.write(ids)
                     digest.update(ids)
                     tokens, documents = tokens + len(ids), documents + 1
@@ -281,18 +312,36 @@ def report(meta: dict, asked: dict, paper: dict | None, supply: str) -> None:
     first = users if len(users) <= MANY else users[:5]
     rows = [(i, user['name'], user['documents'], user['tokens']) for i, user in enumerate(first)]
     if len(users) > len(first):
-        rows += [('', f'{name} of {len(users):,} users', *({split: int(number([user[key][split] for user in users]))
-                  for split in SPLITS} for key in ('documents', 'tokens')))
-                 for name, number in (('least', np.min), ('median', np.median), ('most', np.max))]
+        rows += [
+            (
+                '',
+                f'{name} of {len(users):,} users',
+                *(
+                    {split: int(number([user[key][split] for user in users])) for split in SPLITS}
+                    for key in ('documents', 'tokens')
+                ),
+            )
+            for name, number in (('least', np.min), ('median', np.median), ('most', np.max))
+        ]
     width = max(len(name) for _, name, _, _ in rows)
-    print(f'user  {"":{width}}  {"documents":>23}  {"tokens: train":>13} {"valid":>9} {"test":>9}'
-          + '   paper, Table 3 (GPT-2 tokens)' * bool(paper))
+    print(
+        f'user  {"":{width}}  {"documents":>23}  {"tokens: train":>13} {"valid":>9} {"test":>9}'
+        + '   paper, Table 3 (GPT-2 tokens)' * bool(paper)
+    )
     for i, name, documents, tokens in rows:
         table3 = ' / '.join(f'{paper[split][i % len(paper[split])]:,}' for split in SPLITS) if paper else ''
-        print(f'{i:>4}  {name:{width}}  {" ".join(f"{documents[split]:>7,}" for split in SPLITS)}  '
-              f'{tokens["train"]:>13,} {tokens["valid"]:>9,} {tokens["test"]:>9,}   {table3}'.rstrip())
-    short = {i: ', '.join(f'{split} {user["tokens"][split]:,} of {asked[split][i]:,}' for split in SPLITS
-                          if user['tokens'][split] < asked[split][i]) for i, user in enumerate(users)}
+        print(
+            f'{i:>4}  {name:{width}}  {" ".join(f"{documents[split]:>7,}" for split in SPLITS)}  '
+            f'{tokens["train"]:>13,} {tokens["valid"]:>9,} {tokens["test"]:>9,}   {table3}'.rstrip()
+        )
+    short = {
+        i: ', '.join(
+            f'{split} {user["tokens"][split]:,} of {asked[split][i]:,}'
+            for split in SPLITS
+            if user['tokens'][split] < asked[split][i]
+        )
+        for i, user in enumerate(users)
+    }
     short = {i: splits for i, splits in short.items() if splits}
     if len(users) > MANY and short:
         print(f'{len(short):,} of {len(users):,} users have fewer tokens than asked; there is no more text ({supply})')
@@ -301,6 +350,7 @@ def report(meta: dict, asked: dict, paper: dict | None, supply: str) -> None:
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
+
 
 def check(options: dict) -> Path:
     """The folder to write. Raises ValueError for options that cannot work, before anything is read or written."""
@@ -334,26 +384,32 @@ def prepare(options: dict) -> dict:
     categories, streams, where = chosen['open'](options, *wishes)
     n_users = options['users'] or len(categories)
     if n_users > len(categories) and options['alpha'] is None:
-        raise ValueError(f'--users={n_users}, but {options["set"]} has {len(categories)} categories: give --alpha, a Dirichlet '
-                         'concentration, to mix them')
+        raise ValueError(
+            f'--users={n_users}, but {options["set"]} has {len(categories)} categories: give --alpha, a Dirichlet '
+            'concentration, to mix them'
+        )
     asked = sizes(options, n_users)
     pools = categories + ['test'] * (options['set'] == 'agnews' and len(streams) == 2)
     shares = make_shares(options, n_users, len(categories), len(pools))
     names = categories[:n_users]
     if options['alpha'] is not None:
-        names = [' + '.join(f'{share:.0%} {name}' for name, share in zip(categories, row) if share >= 0.05) or 'mixture'
-                 for row in shares['train']]
+        names = [
+            ' + '.join(f'{share:.0%} {name}' for name, share in zip(categories, row) if share >= 0.05) or 'mixture'
+            for row in shares['train']
+        ]
     meta = {key: options[key] for key in ('name', 'tokenizer', 'seed')} | {'source': where, 'separator': chosen['separator']}
     meta['options'] = options | {key: options[key] and Path(options[key]).name for key in ('source', 'out_root')}
     with tempfile.TemporaryFile(dir=next(parent for parent in folder.absolute().parents if parent.exists())) as spool:
         filled = fill(streams, pools, asked, shares, enc, chosen['separator'], options['max_chars'], spool)
-        supply = ', '.join(f'{name}: {pool[:, 1].sum():,} tokens in {len(pool):,} documents'
-                           for name, pool in zip(pools, filled))
+        supply = ', '.join(
+            f'{name}: {pool[:, 1].sum():,} tokens in {len(pool):,} documents' for name, pool in zip(pools, filled)
+        )
         parts = deal(filled, asked, shares, options['seed'])
         for (user, split), part in parts.items():
             if part[:, 1].sum() < LEAD + 2:
-                raise ValueError(f'user {user} ({names[user]}) would have an empty {split} stream: there are too few documents '
-                                 f'({supply})')
+                raise ValueError(
+                    f'user {user} ({names[user]}) would have an empty {split} stream: there are too few documents ({supply})'
+                )
         meta = write(folder, names, parts, asked, spool, enc, meta)
     paper = options['set'] in sources.CATEGORIES and options['alpha'] is None
     report(meta, asked, chosen['tokens'] if paper else None, supply)
@@ -362,12 +418,17 @@ def prepare(options: dict) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add('set', choices=SETS, metavar='NAME', help=' | '.join(SETS))
-    add('--source', metavar='PATH', help='local file or folder with the columns of the Hub, instead of the Hub: '
-        'train.*, test.* (agnews), de.*, ... (multilingual), train.* (slimpajama); .jsonl, .jsonl.gz, .csv, .parquet')
+    add(
+        '--source',
+        metavar='PATH',
+        help='local file or folder with the columns of the Hub, instead of the Hub: '
+        'train.*, test.* (agnews), de.*, ... (multilingual), train.* (slimpajama); .jsonl, .jsonl.gz, .csv, .parquet',
+    )
     add('--tokenizer', choices=('gpt2', 'bytes'), help='default gpt2; bytes in demo and base')
     add('--name', help='folder name, default NAME')
     add('--out_root', default=str(Path(__file__).resolve().parent), help='where the folder goes, default data/')
@@ -381,11 +442,15 @@ def main(argv: list[str] | None = None) -> int:
 
     def fail(message):
         raise ValueError(f'{message} (see --help)')
+
     parser.error = fail  # one line instead of argparse's usage
     try:
         options = vars(parser.parse_args(argv))
-        for option, default in (('tokenizer', SETS[options['set']]['tokenizer']), ('name', options['set']),
-                                ('max_chars', SETS[options['set']].get('max_chars'))):
+        for option, default in (
+            ('tokenizer', SETS[options['set']]['tokenizer']),
+            ('name', options['set']),
+            ('max_chars', SETS[options['set']].get('max_chars')),
+        ):
             options[option] = default if options[option] is None else options[option]
         prepare(options)
     except (ValueError, OSError) as error:

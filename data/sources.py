@@ -7,6 +7,7 @@ open_NAME(options), one for every data set of data/prepare.py, opens its source 
   where       the repositories or files, for meta.json
 Rows are read as documents are taken, and no further. What cannot be read raises a ValueError or OSError that names it.
 Tokens, sizes and splits are the business of data/prepare.py."""
+
 import ast
 import csv
 import gzip
@@ -20,7 +21,7 @@ import numpy as np
 
 from data.installed import base_documents, demo_documents, many_documents
 
-MANY = 32                    # users, beyond which a demo's files are several documents each and a report is a summary
+MANY = 32  # users, beyond which a demo's files are several documents each and a report is a summary
 FORMATS = ('.jsonl', '.jsonl.gz', '.csv', '.parquet', '.txt')
 INSTALLED = 'text installed with Python and its packages'
 CATEGORIES = {  # of the paper's sets
@@ -32,14 +33,19 @@ WIKIPEDIA = 'wikimedia/wikipedia'
 # What a file's name in --source begins with ('*': anything) -> the same rows on the Hub: (repository, config, split).
 HUB = {
     'agnews': {'train': ('fancyzhx/ag_news', None, 'train'), 'test': ('fancyzhx/ag_news', None, 'test')},
-    'multilingual': {'de': (WIKIPEDIA, '20231101.de', 'train'), 'nl': ('google/wiki40b', 'nl', 'train'),
-                     'fr': (WIKIPEDIA, '20231101.fr', 'train'), 'it': (WIKIPEDIA, '20231101.it', 'train')},
+    'multilingual': {
+        'de': (WIKIPEDIA, '20231101.de', 'train'),
+        'nl': ('google/wiki40b', 'nl', 'train'),
+        'fr': (WIKIPEDIA, '20231101.fr', 'train'),
+        'it': (WIKIPEDIA, '20231101.it', 'train'),
+    },
     'slimpajama': {'train': ('DKYoon/SlimPajama-6B', None, 'train')},
     'base': {'*': (WIKIPEDIA, '20231101.en', 'train')},
 }
 
 
 # ---- rows: dictionaries, from the Hub or from files -----------------------------------------------------------------
+
 
 def one_line(message: object) -> str:
     return ' '.join(str(message).split())[:500]
@@ -49,13 +55,16 @@ def hub_rows(repository: str, config: str | None, split: str, seed: int, buffer:
     """Rows of a parquet data set on the Hub, streamed and shuffled. Raises OSError when they cannot be read."""
     import datasets
     from huggingface_hub.utils import logging
+
     logging.set_verbosity_error()  # it warns at every retry
     try:
         stream = datasets.load_dataset(repository, config, split=split, streaming=True)
         yield from stream.shuffle(seed=seed, buffer_size=buffer)
     except Exception as error:  # the Hub's client, its transport and parquet each have their own
-        raise OSError(f'{repository} cannot be read from the Hugging Face Hub ({type(error).__name__}: {one_line(error)}): '
-                      'connect, or give local files with the same columns as --source=PATH') from None
+        raise OSError(
+            f'{repository} cannot be read from the Hugging Face Hub ({type(error).__name__}: {one_line(error)}): '
+            'connect, or give local files with the same columns as --source=PATH'
+        ) from None
 
 
 def file_rows(file: Path, whole: bool = False) -> Iterator[dict]:
@@ -63,6 +72,7 @@ def file_rows(file: Path, whole: bool = False) -> Iterator[dict]:
     try:
         if file.suffix == '.parquet':
             import pyarrow.parquet
+
             for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
             return
@@ -101,8 +111,14 @@ def find_files(source: Path, stem: str = '*') -> list[Path]:
     """Data files at `source`, sorted: that file, or those of a folder named STEM.jsonl, STEM-00000-of-00002.parquet, ..."""
     if source.is_file():
         return [source] if source.name.endswith(FORMATS) else []
-    return [file for file in sorted(source.iterdir()) if file.name.endswith(FORMATS) and file.is_file()
-            and not file.name.startswith('.') and stem in ('*', re.split(r'[.-]', file.name)[0])]
+    return [
+        file
+        for file in sorted(source.iterdir())
+        if file.name.endswith(FORMATS)
+        and file.is_file()
+        and not file.name.startswith('.')
+        and stem in ('*', re.split(r'[.-]', file.name)[0])
+    ]
 
 
 def rows_of(options: dict, stem: str, buffer: int = 10_000) -> tuple[Iterator[dict], list[str]]:
@@ -118,6 +134,7 @@ def rows_of(options: dict, stem: str, buffer: int = 10_000) -> tuple[Iterator[di
 
 
 # ---- documents: (category, text) ------------------------------------------------------------------------------------
+
 
 def field(row: dict, column: str, where: str) -> object:
     """A row's value. Raises ValueError if there is no such column."""
@@ -167,6 +184,7 @@ def clean_wiki40b(text: str) -> str:
 
 # ---- the data sets: (categories, streams, where) --------------------------------------------------------------------
 
+
 def open_agnews(options: dict) -> tuple:
     """Categories 0-3: train rows. 4, unless --alpha makes valid and test follow each user's topics: test rows, if any."""
     buffer = 120_000  # all of the train rows: Table 3 takes half of each category's
@@ -184,7 +202,7 @@ def open_multilingual(options: dict) -> tuple:
     if options['source'] and not Path(options['source']).is_dir():
         raise ValueError('multilingual needs a folder as --source, with files de.*, nl.*, fr.* and it.*')
     streams, where = [], []
-    for i, language in enumerate(CATEGORIES['multilingual'][:options['users'] if options['alpha'] is None else None]):
+    for i, language in enumerate(CATEGORIES['multilingual'][: options['users'] if options['alpha'] is None else None]):
         rows, names = rows_of(options, language)
         clean = clean_wiki40b if language == 'nl' else str
         streams.append((language, documents_of(rows, names[0], i, clean), (i,)))
@@ -200,8 +218,11 @@ def open_slimpajama(options: dict) -> tuple:
 def open_local(options: dict) -> tuple:
     """One category per file or sub-folder of --source."""
     streams, where = [], []
-    for i, path in enumerate(path for path in sorted(Path(options['source']).iterdir())
-                             if not path.name.startswith('.') and (path.is_dir() or path.name.endswith(FORMATS))):
+    for i, path in enumerate(
+        path
+        for path in sorted(Path(options['source']).iterdir())
+        if not path.name.startswith('.') and (path.is_dir() or path.name.endswith(FORMATS))
+    ):
         files = find_files(path)
         whole = path.is_dir() and sum(file.suffix == '.txt' for file in files) >= 10
         rows = itertools.chain.from_iterable(map(file_rows, files, itertools.repeat(whole)))
@@ -210,8 +231,10 @@ def open_local(options: dict) -> tuple:
         where.append(path.name)
     names = [name for name, _, _ in streams]
     if not names or len(names) > len(set(names)):
-        raise ValueError(f'--source={options["source"]} needs one {", ".join(FORMATS)} or sub-folder per user, each of its own '
-                         f'name (found: {", ".join(where) or "none"})')
+        raise ValueError(
+            f'--source={options["source"]} needs one {", ".join(FORMATS)} or sub-folder per user, each of its own '
+            f'name (found: {", ".join(where) or "none"})'
+        )
     return names, streams, where
 
 

@@ -2,6 +2,7 @@
 
 A data set is a folder data/NAME with user{i}_{train,valid,test}.bin (flat little-endian uint16 or uint32 tokens) and
 meta.json. A split is one stream of tokens; a batch is windows of it (nanoGPT's layout)."""
+
 import hashlib
 import json
 from pathlib import Path
@@ -18,15 +19,21 @@ def encoding(name: str) -> tiktoken.Encoding:
 
     Raises ValueError for another name, OSError if GPT-2's files are neither cached nor reachable."""
     if name == 'bytes':
-        return tiktoken.Encoding('bytes', pat_str=r'(?s).', mergeable_ranks={bytes([i]): i for i in range(256)},
-                                 special_tokens={'<|endoftext|>': 256})
+        return tiktoken.Encoding(
+            'bytes',
+            pat_str=r'(?s).',
+            mergeable_ranks={bytes([i]): i for i in range(256)},
+            special_tokens={'<|endoftext|>': 256},
+        )
     if name != 'gpt2':
         raise ValueError(f"unknown tokenizer {name!r}: expected 'gpt2' or 'bytes'")
     try:
         return tiktoken.get_encoding('gpt2')
     except Exception as error:
-        raise OSError(f"GPT-2's vocabulary is neither cached nor reachable ({type(error).__name__}): connect once, or set "
-                      'TIKTOKEN_CACHE_DIR to a folder with its two cached files, or use --tokenizer=bytes') from None
+        raise OSError(
+            f"GPT-2's vocabulary is neither cached nor reachable ({type(error).__name__}): connect once, or set "
+            'TIKTOKEN_CACHE_DIR to a folder with its two cached files, or use --tokenizer=bytes'
+        ) from None
 
 
 def check_dataset(folder: str | Path, block_size: int, vocab_size: int) -> dict:
@@ -42,8 +49,10 @@ def check_dataset(folder: str | Path, block_size: int, vocab_size: int) -> dict:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{folder}/meta.json cannot be read ({error}): prepare the data set again') from None
     if not 0 <= vocab_size - meta['vocab_size'] < 128:  # bases pad their vocabulary, e.g. 50257 -> 50304
-        raise ValueError(f'{folder} has a vocabulary of {meta["vocab_size"]} tokens ({meta["tokenizer"]}), but the base model '
-                         f'has {vocab_size}: prepare with the other --tokenizer, or choose the other base with --init_from')
+        raise ValueError(
+            f'{folder} has a vocabulary of {meta["vocab_size"]} tokens ({meta["tokenizer"]}), but the base model '
+            f'has {vocab_size}: prepare with the other --tokenizer, or choose the other base with --init_from'
+        )
     for i in range(len(meta['users'])):
         check_lengths(load_user(folder, meta, i), i, block_size)
     return meta
@@ -53,16 +62,22 @@ def check_lengths(user: dict, i: int, block_size: int) -> None:
     """Raises ValueError unless every split of user i holds a window."""
     for split in SPLITS:
         if len(user[split]) < block_size + 1:
-            raise ValueError(f'user {i} has {len(user[split])} {split} tokens, but a window of block_size {block_size} '
-                             f'needs {block_size + 1}: prepare more text or lower --block_size')
+            raise ValueError(
+                f'user {i} has {len(user[split])} {split} tokens, but a window of block_size {block_size} '
+                f'needs {block_size + 1}: prepare more text or lower --block_size'
+            )
 
 
 def load_user(folder: str | Path, meta: dict, i: int) -> dict:
     """User i's {'train': tokens, 'valid': tokens, 'test': tokens}, read-only arrays, checked against meta.json as they are
     read. Raises ValueError naming the file."""
     user, dtype = meta['users'][i], np.dtype(meta['dtype'])
-    return {split: load_stream(Path(folder, f'user{i}_{split}.bin'), dtype, user['tokens'][split], user['sha256'][split],
-                               meta['vocab_size']) for split in SPLITS}
+    return {
+        split: load_stream(
+            Path(folder, f'user{i}_{split}.bin'), dtype, user['tokens'][split], user['sha256'][split], meta['vocab_size']
+        )
+        for split in SPLITS
+    }
 
 
 def load_dataset(folder: str | Path, block_size: int, vocab_size: int, target: str = 'own') -> tuple[dict, list[dict]]:
@@ -95,8 +110,10 @@ def load_stream(file: Path, dtype: np.dtype, n_tokens: int, sha256: str, vocab_s
         raise ValueError(f'{file} is missing: prepare the data set again')
     raw = file.read_bytes()
     if len(raw) != n_tokens * dtype.itemsize:
-        raise ValueError(f'{file} has {len(raw)} bytes, but meta.json says {n_tokens} tokens of {dtype.itemsize}: '
-                         'truncated or overwritten, prepare the data set again')
+        raise ValueError(
+            f'{file} has {len(raw)} bytes, but meta.json says {n_tokens} tokens of {dtype.itemsize}: '
+            'truncated or overwritten, prepare the data set again'
+        )
     tokens = np.frombuffer(raw, dtype)
     if n_tokens and tokens.max() >= vocab_size:
         raise ValueError(f'{file} holds token {tokens.max()}, outside the vocabulary of {vocab_size}: prepare it again')
@@ -110,7 +127,7 @@ def mixture(streams: list[dict], i: int) -> dict:
     mixed = {}
     for split in ('valid', 'test'):
         size = min(len(user[split]) for user in streams) // len(streams)
-        mixed[split] = np.concatenate([user[split][i * size:(i + 1) * size] for user in streams])
+        mixed[split] = np.concatenate([user[split][i * size : (i + 1) * size] for user in streams])
     return mixed
 
 
@@ -120,6 +137,6 @@ def get_batch(tokens: np.ndarray, batch_size: int, block_size: int, key: tuple) 
     The starts depend on `key` alone, a tuple of ints such as (seed, user, stream, i): batch i of a user is the same
     whoever else takes part, and a resumed run needs no generator state (METHOD: batches)."""
     starts = np.random.default_rng(key).integers(0, len(tokens) - block_size, batch_size)  # (B,)
-    windows = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)         # (B, T + 1)
+    windows = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)  # (B, T + 1)
     windows = torch.from_numpy(windows)
     return windows[:, :-1], windows[:, 1:]

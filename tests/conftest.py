@@ -1,4 +1,5 @@
 """A tiny base and a tiny data set, written in the project's own formats, and train.py run inside this process."""
+
 import hashlib
 import json
 import sys
@@ -10,13 +11,21 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / 'shared'         # real text for offline checks; those tests skip where it is absent
+SHARED = ROOT.parent / 'shared'  # real text for offline checks; those tests skip where it is absent
 sys.path.insert(0, str(ROOT))
 
 from model import GPT, GPTConfig, save_gpt  # noqa: E402
 
-TINY = ('--rounds=3', '--local_steps=2', '--router_every=2', '--router_steps=2', '--batch_size=4', '--micro_batch_size=4',
-        '--block_size=16', '--eval_every=2')
+TINY = (
+    '--rounds=3',
+    '--local_steps=2',
+    '--router_every=2',
+    '--router_steps=2',
+    '--batch_size=4',
+    '--micro_batch_size=4',
+    '--block_size=16',
+    '--eval_every=2',
+)
 
 
 def write_dataset(folder: Path, streams: list[dict], vocab_size: int = 257, tokenizer: str = 'bytes') -> Path:
@@ -28,8 +37,15 @@ def write_dataset(folder: Path, streams: list[dict], vocab_size: int = 257, toke
         for split, data in raw.items():
             (folder / f'user{i}_{split}.bin').write_bytes(data)
         n = {split: len(data) // 2 for split, data in raw.items()}
-        users.append({'name': f'user {i}', 'tokens': n, 'bytes': n, 'documents': dict.fromkeys(n, 1),
-                      'sha256': {s: hashlib.sha256(d).hexdigest() for s, d in raw.items()}})
+        users.append(
+            {
+                'name': f'user {i}',
+                'tokens': n,
+                'bytes': n,
+                'documents': dict.fromkeys(n, 1),
+                'sha256': {s: hashlib.sha256(d).hexdigest() for s, d in raw.items()},
+            }
+        )
     meta = {'dtype': '<u2', 'vocab_size': vocab_size, 'tokenizer': tokenizer, 'users': users, 'source': ['made up']}
     (folder / 'meta.json').write_text(json.dumps(meta))
     return folder
@@ -38,8 +54,10 @@ def write_dataset(folder: Path, streams: list[dict], vocab_size: int = 257, toke
 def user_streams(i: int, n_train: int) -> dict:
     """User i's text is its own: short random words out of the letters that start at 97 + 4 i."""
     rng = np.random.default_rng((7, i))
+
     def text(n):
         return np.where(rng.random(n) < 0.2, 32, 97 + 4 * i + rng.integers(0, 3, n))
+
     return {'train': text(n_train), 'valid': text(200), 'test': text(150)}
 
 
@@ -65,6 +83,7 @@ def train(tiny, tmp_path, monkeypatch):
         scope = {'__name__': '__main__', '__file__': str(ROOT / 'train.py'), '__doc__': 'train.py'}
         exec(source, scope)
         return SimpleNamespace(**scope, lines=read_metrics(tmp_path / out))
+
     return run
 
 

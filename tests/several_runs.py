@@ -1,5 +1,6 @@
 """several_runs.py N JOBS: runs train.py once for every list of arguments in a JSON list, each time in N processes as torchrun
 would start them. They are forks of this one, so torch is imported once."""
+
 import json
 import os
 import socket
@@ -23,8 +24,9 @@ for argv in jobs:
     for rank in range(n):
         if not (pid := os.fork()):
             sys.argv = ['train.py', *argv]
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR='localhost',
-                              MASTER_PORT=str(port))
+            os.environ.update(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR='localhost', MASTER_PORT=str(port)
+            )
             exec(source, {'__name__': '__main__', '__file__': str(ROOT / 'train.py'), '__doc__': ''})
             sys.exit()
         children.append(pid)

@@ -1,4 +1,5 @@
 """bench.py: its arithmetic on made-up times, and one whole run on a tiny model."""
+
 import json
 import math
 import subprocess
@@ -13,16 +14,20 @@ import bench
 
 
 def part(**seconds) -> dict:
-    return {'seconds': {name.replace('_', ' '): times for name, times in seconds.items()}, 'tokens': 1024,
-            'peaks': [1e12, 1e12], 'flops': {'step': 5e8}}
+    return {
+        'seconds': {name.replace('_', ' '): times for name, times in seconds.items()},
+        'tokens': 1024,
+        'peaks': [1e12, 1e12],
+        'flops': {'step': 5e8},
+    }
 
 
 def test_the_weaker_ratio_counts():
-    slow, fast = [2.0, 6.0, 4.0], [1.0, 2.0, 2.0]                       # paired 2, 3, 2: median 2; fastest 2 / 1
+    slow, fast = [2.0, 6.0, 4.0], [1.0, 2.0, 2.0]  # paired 2, 3, 2: median 2; fastest 2 / 1
     assert bench.ratios(slow, fast) == (2.0, 2.0)
-    assert bench.speedup([2.0, 9.0, 9.0], [1.0, 3.0, 3.0]) == 2.0       # paired 3, but the fastest say 2
-    assert bench.speedup([3.0, 2.0, 2.0], [1.0, 2.0, 2.0]) == 1.0       # the other way round
-    assert bench.cost([2.0, 9.0, 9.0], [1.0, 3.0, 3.0]) == 3.0          # for 'at most', the larger one
+    assert bench.speedup([2.0, 9.0, 9.0], [1.0, 3.0, 3.0]) == 2.0  # paired 3, but the fastest say 2
+    assert bench.speedup([3.0, 2.0, 2.0], [1.0, 2.0, 2.0]) == 1.0  # the other way round
+    assert bench.cost([2.0, 9.0, 9.0], [1.0, 3.0, 3.0]) == 3.0  # for 'at most', the larger one
 
 
 def test_orders_alternate():
@@ -44,7 +49,7 @@ def test_goals_on_made_up_times():
     assert rows['tokens/s against P, n = 2, float32'][2:] == ['2 x', '>= 1.5 x', 'pass']
     assert rows["step over the frozen base's own, float32"][4] == 'pass'
     assert rows["evaluation's tokens/s over training's, float32"][2:] == ['2 x', '>= 1.9 x', 'pass']
-    missed = rows["useful FLOPs over the products' peak, float32"]      # 1024 x 5e8 / 1e12
+    missed = rows["useful FLOPs over the products' peak, float32"]  # 1024 x 5e8 / 1e12
     assert missed[2:] == ['51.2 %', '>= 55 %', 'MISSED']
     assert rows['tokens/s against P, n = 8, float32'][2::2] == [None, 'not measured']
     assert rows['tokens/s against P, n = 2, bfloat16'][2::2] == [None, 'not measured']
@@ -64,8 +69,10 @@ def test_nan_is_no_pass():
     assert [row[4] for row in rows if row[0] == 11] == ['MISSED', 'pass']
 
 
-@pytest.mark.parametrize('verdicts, code, said', [
-    (['pass', 'not measured'], 0, ''), (['pass', 'noisy'], 2, 'noisy'), (['MISSED', 'noisy'], 1, 'goals missed: 1 (a)')])
+@pytest.mark.parametrize(
+    'verdicts, code, said',
+    [(['pass', 'not measured'], 0, ''), (['pass', 'noisy'], 2, 'noisy'), (['MISSED', 'noisy'], 1, 'goals missed: 1 (a)')],
+)
 def test_exit_code(verdicts, code, said, capsys):
     assert bench.check([[1, name, 1.0, '', verdict] for name, verdict in zip('ab', verdicts)]) == code
     assert said in capsys.readouterr().out
@@ -96,6 +103,7 @@ def test_a_whole_run(tmp_path):
 
     def run(*args):
         return subprocess.run([sys.executable, 'bench.py', *size, *args], capture_output=True, text=True, cwd=ROOT)
+
     done = run('--quick', '--rounds=1')
     assert done.returncode == 0, done.stderr
     for row in bench.GOALS:

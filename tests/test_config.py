@@ -1,4 +1,5 @@
 """configurator.py: nanoGPT's idea, its gaps closed (what it takes, and one line for what it does not)."""
+
 import pytest
 from conftest import ROOT
 
@@ -9,34 +10,46 @@ ROWS = {'small': dict(width=1), 'large': dict(width=9, share=False)}
 
 def script() -> dict:
     """What globals() of a script holds when it calls configure: switches, and things that are none."""
-    return {'__name__': '__main__', 'method': 'small', 'width': 5, 'rate': 2e-3, 'share': True, 'name': 'x', 'n_experts': 2,
-            'os': pytest, 'ROWS': ROWS}
+    return {
+        '__name__': '__main__',
+        'method': 'small',
+        'width': 5,
+        'rate': 2e-3,
+        'share': True,
+        'name': 'x',
+        'n_experts': 2,
+        'os': pytest,
+        'ROWS': ROWS,
+    }
 
 
 def run(*argv: str) -> dict:
     scope = script()
     config = configure(scope, list(argv), ROWS, per_user=('n_experts',))
-    assert config == {k: scope[k] for k in config}                       # the script's variables are the configuration
+    assert config == {k: scope[k] for k in config}  # the script's variables are the configuration
     assert list(config) == ['method', 'width', 'rate', 'share', 'name', 'n_experts']
     return config
 
 
-@pytest.mark.parametrize('argv, expected', [
-    ([], dict(width=1, rate=2e-3)),                                      # the method's row beats the default
-    (['--method=large'], dict(width=9, share=False)),
-    (['--method=large', '--width=3'], dict(width=3, share=False)),       # a switch beats the row
-    (['--width=3', '--method=large'], dict(width=3)),                    # whatever the order
-    (['--n_experts=4,2,2,2'], dict(n_experts=(4, 2, 2, 2))),
-    (['--n_experts=(4,2)'], dict(n_experts=(4, 2))),
-    (['--n_experts=3'], dict(n_experts=3)),
-    (['--rate=1'], dict(rate=1.0)),                                      # an int stands for a float
-    (['--rate=1e-4'], dict(rate=1e-4)),
-    (['--name=a=b'], dict(name='a=b')),                                  # '=' inside a value
-    (['--name=7'], dict(name='7')),
-    (['--name='], dict(name='')),
-    (['--share=False'], dict(share=False)),
-    (['--share'], dict(share=True)),
-])
+@pytest.mark.parametrize(
+    'argv, expected',
+    [
+        ([], dict(width=1, rate=2e-3)),  # the method's row beats the default
+        (['--method=large'], dict(width=9, share=False)),
+        (['--method=large', '--width=3'], dict(width=3, share=False)),  # a switch beats the row
+        (['--width=3', '--method=large'], dict(width=3)),  # whatever the order
+        (['--n_experts=4,2,2,2'], dict(n_experts=(4, 2, 2, 2))),
+        (['--n_experts=(4,2)'], dict(n_experts=(4, 2))),
+        (['--n_experts=3'], dict(n_experts=3)),
+        (['--rate=1'], dict(rate=1.0)),  # an int stands for a float
+        (['--rate=1e-4'], dict(rate=1e-4)),
+        (['--name=a=b'], dict(name='a=b')),  # '=' inside a value
+        (['--name=7'], dict(name='7')),
+        (['--name='], dict(name='')),
+        (['--share=False'], dict(share=False)),
+        (['--share'], dict(share=True)),
+    ],
+)
 def test_good(argv, expected):
     config = run(*argv)
     assert {k: config[k] for k in expected} == expected
@@ -54,23 +67,26 @@ def test_files_and_switches_in_a_row(tmp_path):
     assert run(b)['n_experts'] == (4, 2)
 
 
-@pytest.mark.parametrize('argv, message', [
-    (['--widht=3'], 'unknown switch --widht; did you mean --width?'),
-    (['--zzz=3'], 'unknown switch --zzz; known: method, width'),
-    (['--os=1'], 'unknown switch --os'),
-    (['--method=smal'], 'unknown method smal; did you mean small?'),
-    (['--width=2.5'], '--width=2.5: expected int, such as 5'),
-    (['--width=True'], '--width=True: expected int'),
-    (['--width=wide'], "--width='wide': expected int"),
-    (['--width=3,4'], '--width=(3, 4): expected int'),                   # not a per-user switch
-    (['--n_experts=4,x'], "expected int, such as 2"),
-    (['--rate=1e999'], 'expected a finite number'),
-    (['--share=maybe'], "expected bool, such as True"),
-    (['--width'], '--width=True: expected int'),
-    (['--name=[1,2]'], 'expected str'),
-    (['width=3'], 'neither a config file (*.py) nor a switch'),
-    (['missing.py'], 'cannot read the config file missing.py'),
-])
+@pytest.mark.parametrize(
+    'argv, message',
+    [
+        (['--widht=3'], 'unknown switch --widht; did you mean --width?'),
+        (['--zzz=3'], 'unknown switch --zzz; known: method, width'),
+        (['--os=1'], 'unknown switch --os'),
+        (['--method=smal'], 'unknown method smal; did you mean small?'),
+        (['--width=2.5'], '--width=2.5: expected int, such as 5'),
+        (['--width=True'], '--width=True: expected int'),
+        (['--width=wide'], "--width='wide': expected int"),
+        (['--width=3,4'], '--width=(3, 4): expected int'),  # not a per-user switch
+        (['--n_experts=4,x'], 'expected int, such as 2'),
+        (['--rate=1e999'], 'expected a finite number'),
+        (['--share=maybe'], 'expected bool, such as True'),
+        (['--width'], '--width=True: expected int'),
+        (['--name=[1,2]'], 'expected str'),
+        (['width=3'], 'neither a config file (*.py) nor a switch'),
+        (['missing.py'], 'cannot read the config file missing.py'),
+    ],
+)
 def test_bad(argv, message, capsys):
     with pytest.raises(SystemExit) as exit:
         run(*argv)
@@ -78,10 +94,16 @@ def test_bad(argv, message, capsys):
     assert exit.value.code == 2 and err.count('\n') == 1 and message in err
 
 
-@pytest.mark.parametrize('text, message', [
-    ('widht = 3', 'did you mean width?'), ('width = "3"', "--width='3': expected int"),
-    ('width = ', 'does not run: SyntaxError'), ('width = 1 / 0', 'does not run: ZeroDivisionError'),
-    ('import math\nwidth = 3', 'unknown switch in')])
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        ('widht = 3', 'did you mean width?'),
+        ('width = "3"', "--width='3': expected int"),
+        ('width = ', 'does not run: SyntaxError'),
+        ('width = 1 / 0', 'does not run: ZeroDivisionError'),
+        ('import math\nwidth = 3', 'unknown switch in'),
+    ],
+)
 def test_bad_files(text, message, tmp_path, capsys):
     (tmp_path / 'c.py').write_text(text)
     with pytest.raises(SystemExit) as exit:
@@ -92,6 +114,7 @@ def test_bad_files(text, message, tmp_path, capsys):
 
 def test_every_shipped_config_names_known_switches():
     import ast
+
     source = (ROOT / 'train.py').read_text().partition('configure(globals()')[0]
     tree = ast.parse(source.rpartition('\nconfig = ')[0])
     known = {t.id for node in tree.body if isinstance(node, ast.Assign) for t in node.targets}

@@ -1,4 +1,5 @@
 """eval.py: exact perplexity, routing shares, the generalist alone, several runs (METHOD 0.3)."""
+
 import json
 import math
 import sys
@@ -21,7 +22,7 @@ def test_every_token_but_the_first_is_predicted_once(n, tiny):
     total = 0.0
     with torch.no_grad():
         for start in range(0, n - 1, 16):
-            window = torch.from_numpy(tokens[start:start + 17])
+            window = torch.from_numpy(tokens[start : start + 17])
             logits = tiny.model(window[None, :-1])[0][0]
             total += F.cross_entropy(logits, window[1:], reduction='sum').item()
     assert result['tokens'] == n - 1 and result['loss'] == pytest.approx(total / (n - 1), rel=1e-5)
@@ -69,7 +70,7 @@ def test_report_of_a_finished_run(train, monkeypatch, capsys):
     assert said['mean_test_ppl'] == pytest.approx(run.summary['mean_test_ppl'], rel=1e-6)
     assert said['users'][1]['scores'] is None and len(said['users'][0]['scores'][0]) == 3
     # the generalist alone is one model for all: the server's tensors, no specialist, no router
-    one = run.users[1]                                    # has a generalist only, and holds the server's tensors now
+    one = run.users[1]  # has a generalist only, and holds the server's tensors now
     assert said['users'][1]['generalist_test_ppl'] == pytest.approx(run.summary['aggregated_test_ppl'][1], rel=1e-6)
     alone = evaluate(one.model, run.users[0].data['test'], 16)['ppl']
     assert said['users'][0]['generalist_test_ppl'] == pytest.approx(alone, rel=1e-6)
@@ -102,7 +103,7 @@ def test_table_of_several_runs(train, monkeypatch, capsys):
     assert lines[0][0] == 'test perplexity' and len(cells) == 2 * (3 + 1) and all(len(row) == 3 for row in cells.values())
     assert cells['own: mean'][:2] == [round(np.mean(a.summary[k]), 3) for k in ('pretrained_test_ppl', 'test_ppl')]
     assert cells['mixture: user 2'][2] == round(b.summary['test_ppl'][2], 3)
-    for path in (a.out, b.out):                                          # without their summaries all is evaluated
+    for path in (a.out, b.out):  # without their summaries all is evaluated
         (path / 'summary.json').unlink()
     report(monkeypatch, a.out, b.out, '--target=own,mixture')
     again = [line.split('  ') for line in capsys.readouterr().out.splitlines()]
@@ -114,13 +115,20 @@ def test_table_of_several_runs(train, monkeypatch, capsys):
     assert 'other windows' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('spoil, args, message', [
-    (lambda out: (out / 'config.json').unlink(), [], 'no config.json'),
-    (lambda out: (out / 'adapters/user1.safetensors').write_bytes(b'x'), [], 'user1.safetensors cannot be read'),
-    (lambda out: (out / 'summary.json').unlink() or (out / 'checkpoint/round.safetensors').unlink(), [], 'no finished round'),
-    (lambda out: None, ['--target=theirs'], 'expected own or mixture'),
-    (lambda out: None, ['--init_from=nowhere'], 'no base model'),
-])
+@pytest.mark.parametrize(
+    'spoil, args, message',
+    [
+        (lambda out: (out / 'config.json').unlink(), [], 'no config.json'),
+        (lambda out: (out / 'adapters/user1.safetensors').write_bytes(b'x'), [], 'user1.safetensors cannot be read'),
+        (
+            lambda out: (out / 'summary.json').unlink() or (out / 'checkpoint/round.safetensors').unlink(),
+            [],
+            'no finished round',
+        ),
+        (lambda out: None, ['--target=theirs'], 'expected own or mixture'),
+        (lambda out: None, ['--init_from=nowhere'], 'no base model'),
+    ],
+)
 def test_bad_input(train, monkeypatch, capsys, spoil, args, message):
     run = train()
     spoil(run.out)
@@ -133,6 +141,7 @@ def test_bad_input(train, monkeypatch, capsys, spoil, args, message):
 
 def test_another_base_is_refused(train, monkeypatch, capsys, tiny, tmp_path):
     from model import save_gpt
+
     run = train()
     torch.manual_seed(9)
     save_gpt(GPT(tiny.model.config), tmp_path / 'other.safetensors')

@@ -1,4 +1,5 @@
 """Every aggregation rule against its formula, recomputed plainly in numpy, and the privacy boundary."""
+
 import math
 
 import numpy as np
@@ -46,10 +47,15 @@ def updates(n, seed=0):
 def lora_updates(ranks, seed=0, n_in=10, n_out=12) -> list[dict]:
     """One generalist and one attention LoRA per user; the generalist's rank is the user's."""
     g = torch.Generator().manual_seed(seed)
-    return [{'h.0.mlp.generalists.0.c_fc.A': torch.randn(r, n_in, generator=g),
-             'h.0.mlp.generalists.0.c_fc.B': torch.randn(n_out, r, generator=g),
-             'h.0.attn.c_attn.lora.A': torch.randn(8, n_in, generator=g),
-             'h.0.attn.c_attn.lora.B': torch.randn(n_out, 8, generator=g)} for r in ranks]
+    return [
+        {
+            'h.0.mlp.generalists.0.c_fc.A': torch.randn(r, n_in, generator=g),
+            'h.0.mlp.generalists.0.c_fc.B': torch.randn(n_out, r, generator=g),
+            'h.0.attn.c_attn.lora.A': torch.randn(8, n_in, generator=g),
+            'h.0.attn.c_attn.lora.B': torch.randn(n_out, 8, generator=g),
+        }
+        for r in ranks
+    ]
 
 
 MLP, ATT = 'h.0.mlp.generalists.0.c_fc', 'h.0.attn.c_attn.lora'
@@ -98,7 +104,7 @@ def test_identical_users_and_a_single_user_are_fixed_points(rule):
 @pytest.mark.parametrize('rule', [*RULES, 'weighted_sum'])
 def test_the_order_of_users_changes_no_bit(rule):
     some, w = updates(9), np.random.default_rng(0).random(9)
-    w[1:8:2] = w[0:8:2]                                      # pairs that cancel: a float64 sum in another order shows
+    w[1:8:2] = w[0:8:2]  # pairs that cancel: a float64 sum in another order shows
     given = [{name: sign * 1e12 * t for name, t in some[k // 2].items()} for k, sign in enumerate((1, -1) * 4)] + some[8:]
     whole = weighted_sum(given, w.tolist()) if rule == 'weighted_sum' else RULES[rule](given)
     for seed in range(20):
@@ -124,7 +130,7 @@ def test_median_and_trimmed_mean_by_numpy(n):
     assert np.allclose(median(given)['a'], np.median(stack, 0), atol=1e-6)
     for trim in (0.0, 0.25, 0.4):
         cut = int(trim * n)
-        assert np.allclose(trimmed_mean(given, trim)['a'], np.sort(stack, 0)[cut:n - cut].mean(0), atol=1e-6)
+        assert np.allclose(trimmed_mean(given, trim)['a'], np.sort(stack, 0)[cut : n - cut].mean(0), atol=1e-6)
     assert same(trimmed_mean(given, 0.0), fedavg(given)) or n > 2
 
 
@@ -146,7 +152,7 @@ def test_order_free_sum_is_the_sum(scale):
     t = scale * torch.randn(50, 200, generator=g).double() * 10 ** torch.randint(-6, 6, (50, 200), generator=g).double()
     t[1::2, :20], t[:, 20] = -t[::2, :20], 0
     exact = torch.tensor([math.fsum(column) for column in t.T.tolist()], dtype=torch.float64)
-    assert ((order_free_sum(t) - exact).abs() <= 50 ** 2 * 2 ** -52 * t.abs().amax(0)).all()
+    assert ((order_free_sum(t) - exact).abs() <= 50**2 * 2**-52 * t.abs().amax(0)).all()
     assert not order_free_sum(t)[:21].any() and torch.equal(order_free_sum(t[:1]).float(), t[0].float())
     for seed in range(20):
         assert torch.equal(order_free_sum(t[torch.randperm(50, generator=g)]), order_free_sum(t)), seed
@@ -154,9 +160,18 @@ def test_order_free_sum_is_the_sum(scale):
 
 def test_no_rule_writes_to_what_it_is_given():
     w, gamma, W = [0.2, 0.5, 0.3], [1.0, 2.0, 3.0], torch.full((3, 3), 1 / 3)
-    rules = [fedavg, median, weight_scores, lambda u: trimmed_mean(u, 0.4), lambda u: weighted_sum(u, w),
-             lambda u: trust_average(u, W), lambda u: hetlora(u, gamma), lambda u: flora(u, w, gamma),
-             lambda u: flexlora(u, w, gamma), lambda u: fuse(u[0], u[1], 0.3, 0.7)]
+    rules = [
+        fedavg,
+        median,
+        weight_scores,
+        lambda u: trimmed_mean(u, 0.4),
+        lambda u: weighted_sum(u, w),
+        lambda u: trust_average(u, W),
+        lambda u: hetlora(u, gamma),
+        lambda u: flora(u, w, gamma),
+        lambda u: flexlora(u, w, gamma),
+        lambda u: fuse(u[0], u[1], 0.3, 0.7),
+    ]
     given, kept = lora_updates([4, 4, 4]), lora_updates([4, 4, 4])
     for rule in rules:
         rule(given)
@@ -170,8 +185,12 @@ def test_other_names_or_shapes_are_refused():
             with pytest.raises(ValueError, match='update 1'):
                 rule([good, bad])
     one, other = lora_updates([4, 4])
-    for rule in (lambda u: weighted_sum(u, [0.5, 0.5]), lambda u: trust_average(u, torch.eye(2)), weight_scores,
-                 lambda u: hetlora(u, [1.0, 1.0])):
+    for rule in (
+        lambda u: weighted_sum(u, [0.5, 0.5]),
+        lambda u: trust_average(u, torch.eye(2)),
+        weight_scores,
+        lambda u: hetlora(u, [1.0, 1.0]),
+    ):
         with pytest.raises(ValueError, match='update 1'):
             rule([one, {name: t[:, :-1] if name.endswith('.A') else t for name, t in other.items()}])
 
@@ -186,8 +205,10 @@ def test_median_and_trimmed_mean_withstand_as_many_hostile_users_as_they_promise
     """4 of 9 for the median, ⌊0.25 * 9⌋ = 2 for the trimmed mean, whatever they send and whoever they are."""
     honest = updates(9)
     for rule, hostile in (('median', [0, 3, 5, 8]), ('trimmed_mean', [2, 7])):
-        sent = [{name: torch.full_like(t, (-1e6, 1e6)[i % 2]) if i in hostile else t for name, t in u.items()}
-                for i, u in enumerate(honest)]
+        sent = [
+            {name: torch.full_like(t, (-1e6, 1e6)[i % 2]) if i in hostile else t for name, t in u.items()}
+            for i, u in enumerate(honest)
+        ]
         for name in ('a', 'b'):
             low, high = torch.stack([u[name] for i, u in enumerate(honest) if i not in hostile]).aminmax(dim=0)
             bent = RULES[rule](sent)[name]
@@ -210,7 +231,7 @@ def test_trust_matrix_is_a_softmax_over_rows():
     W = trust_matrix(S, 1.0)
     assert torch.allclose(W.sum(1), torch.ones(5).double()) and (W > 0).all()
     assert torch.allclose(W, S.exp() / S.exp().sum(1, keepdim=True))
-    assert torch.allclose(W, trust_matrix(S + torch.randn(5, 1), 1.0))                       # a shift of a row changes nothing
+    assert torch.allclose(W, trust_matrix(S + torch.randn(5, 1), 1.0))  # a shift of a row changes nothing
     assert torch.allclose(trust_matrix(S, 1e9), torch.full((5, 5), 0.2).double())
     assert torch.equal(trust_matrix(S, 1e-3).argmax(1), S.argmax(1)) and trust_matrix(S, 1e-3).max(1).values.min() > 0.9
 
@@ -219,7 +240,7 @@ def test_perplexities_saturate_trust_and_losses_do_not():
     """60, 90, 80, 100: (1, 0, 0, 0) by perplexity; (.33, .22, .25, .20) if it were by loss."""
     ppl = torch.tensor([[60.0, 90.0, 80.0, 100.0]]).double()
     assert torch.allclose(trust_matrix(validation_scores(ppl), 1.0), torch.tensor([[1.0, 0, 0, 0]]).double(), atol=1e-8)
-    by_loss = torch.tensor([[.33, .22, .25, .20]]).double()
+    by_loss = torch.tensor([[0.33, 0.22, 0.25, 0.20]]).double()
     assert torch.allclose(trust_matrix(validation_scores(ppl.log()), 1.0), by_loss, atol=0.006)
 
 
@@ -273,8 +294,7 @@ def test_identical_users_trust_each_other_equally():
     weights, given = lora_updates([4]) * 3, made_up(1) * 3
     uniform = torch.full((3, 3), 1 / 3).double()
     logits = made_up(1, as_logits=True) * 3
-    for scores in (weight_scores(weights), validation_scores(torch.full((3, 3), 7.0)),
-                   prediction_scores(logits, 30)):
+    for scores in (weight_scores(weights), validation_scores(torch.full((3, 3), 7.0)), prediction_scores(logits, 30)):
         assert torch.allclose(trust_matrix(scores, 1.0), uniform)
     assert torch.allclose(prediction_trust(given, 30), uniform)
 
@@ -307,12 +327,12 @@ def test_prediction_trust_is_cosine_over_entropy(k):
             s[i, j] = (cos / (H + 1)).mean()
     W = prediction_trust(given, 30).numpy()
     assert np.allclose(W, s / s.sum(1, keepdims=True), atol=1e-5)
-    assert np.allclose(W.sum(1), 1) and (W > 0).all() and (W.argmax(1) == np.arange(4)).all()         # s_ii >= s_ij
+    assert np.allclose(W.sum(1), 1) and (W > 0).all() and (W.argmax(1) == np.arange(4)).all()  # s_ii >= s_ij
 
 
 def test_words_that_nobody_predicts_change_nothing():
     """Neither trust nor ψ: also where the vocabulary is so large that the positions are taken in pieces (32 and 8)."""
-    large, w = 2 ** 17, [0.1, 0.2, 0.3, 0.4]
+    large, w = 2**17, [0.1, 0.2, 0.3, 0.4]
     probs, logits = made_up(4), made_up(4, as_logits=True)
     assert torch.allclose(prediction_trust(probs, large), prediction_trust(probs, 30), atol=1e-6)
     assert torch.allclose(prediction_scores(logits, large), prediction_scores(logits, 30), atol=1e-4)
@@ -323,7 +343,7 @@ def test_words_that_nobody_predicts_change_nothing():
 def test_trust_is_the_judges_own_confidence_by_hand():
     """User 0 is sure at position 0 and has two equal guesses at position 1, where H = ln 2; user 1 says token 0 twice.
     s_01 = (1 + cos 45° / (1 + ln 2)) / 2 and s_00 = (1 + 1 / (1 + ln 2)) / 2; user 1's H is 0, s_10 = (1 + cos 45°) / 2."""
-    given = [(torch.tensor([[0, 1], [0, 1]]).int(), torch.tensor(p).half()) for p in ([[1, 0], [.5, .5]], [[1.0, 0], [1, 0]])]
+    given = [(torch.tensor([[0, 1], [0, 1]]).int(), torch.tensor(p).half()) for p in ([[1, 0], [0.5, 0.5]], [[1.0, 0], [1, 0]])]
     h, cos = 1 + np.log(2), np.sqrt(0.5)
     s = np.array([[1 + 1 / h, 1 + cos / h], [1 + cos, 2]])
     assert np.allclose(prediction_trust(given, 2), s / s.sum(1, keepdims=True), atol=1e-6)
@@ -364,7 +384,7 @@ def test_iterated_trust_converges_to_the_perron_vector():
 
 def test_consensus_under_a_lopsided_trust_is_not_the_mean():
     """π = (2/3, 1/4, 1/12) of this W: the limit πᵀ p has rank one over the users and is far from the plain mean."""
-    W, pi = np.array([[.9, .075, .025], [.2, .75, .05], [.2, .15, .65]]), np.array([2 / 3, 1 / 4, 1 / 12])
+    W, pi = np.array([[0.9, 0.075, 0.025], [0.2, 0.75, 0.05], [0.2, 0.15, 0.65]]), np.array([2 / 3, 1 / 4, 1 / 12])
     assert np.allclose(pi @ W, pi) and np.allclose(W.sum(1), 1)
     first = made_up(3, k=30, seed=3)
     p, limit, mean = first, sum(x * full(q) for x, q in zip(pi, first)), np.mean([full(q) for q in first], 0)
@@ -387,7 +407,7 @@ def test_consensus_loss_is_a_cross_entropy_over_the_top_tokens_and_the_rest():
         loss -= (q[t][top] * log_p[t][top]).sum() + (1 - q[t].sum()) * np.log(np.exp(log_p[t][~top]).sum())
     assert consensus_loss(logits, psi).item() == pytest.approx(loss / 6, abs=1e-4)
     others = [consensus_loss(target + 0.3 * torch.randn(6, 30, generator=g), psi) for _ in range(20)]
-    assert min(others) > consensus_loss(target, psi)                                                   # least where p = ψ
+    assert min(others) > consensus_loss(target, psi)  # least where p = ψ
 
 
 @pytest.mark.parametrize('k', [5, 30])
@@ -415,7 +435,7 @@ def test_top_predictions_are_those_of_the_model_in_six_bytes_each():
     assert torch.allclose(values.float(), logits.softmax(-1).topk(7).values, atol=1e-3)
     assert torch.allclose(top_predictions(gpt, windows, 7, logits=True)[1].float(), logits.topk(7).values, atol=1e-3)
     assert n_bytes({'ids': ids, 'values': values}) == 11 * 16 * 7 * 6
-    assert top_predictions(gpt, windows, 100)[0].shape == (11 * 16, 50)                                # no more than there are
+    assert top_predictions(gpt, windows, 100)[0].shape == (11 * 16, 50)  # no more than there are
 
 
 # ---- ranks that differ -------------------------------------------------------------------------------------------------
@@ -458,14 +478,17 @@ def test_hetlora_of_equal_ranks_weighs_every_lora_by_its_own_norm():
 def test_identical_users_keep_their_update_under_every_rule():
     (one,) = lora_updates([4])
     for n in (1, 3):
-        for new, scale in ((hetlora([one] * n, [2.0] * n), 2), (flora([one] * n, [1 / n] * n, [2.0] * n), 1),
-                           *((user, 2) for user in each([one] * n, [1 / n] * n, [2.0] * n))):
+        for new, scale in (
+            (hetlora([one] * n, [2.0] * n), 2),
+            (flora([one] * n, [1 / n] * n, [2.0] * n), 1),
+            *((user, 2) for user in each([one] * n, [1 / n] * n, [2.0] * n)),
+        ):
             assert all(np.allclose(scale * delta(new, name), 2 * delta(one, name), atol=1e-4) for name in (MLP, ATT))
 
 
 def test_hetlora_of_equal_norms_is_fedavg_and_of_one_user_the_identity():
     (one,) = lora_updates([4])
-    turned = {name: t.flip(1) if name.endswith('.A') else t for name, t in one.items()}    # same norm
+    turned = {name: t.flip(1) if name.endswith('.A') else t for name, t in one.items()}  # same norm
     given = [one, turned]
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(hetlora(given, [1, 1]).values(), fedavg(given).values()))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(hetlora([one], [3.0]).values(), one.values()))
@@ -540,8 +563,11 @@ def test_flexlora_is_exact_where_the_rank_allows():
     thin = lora_updates([6, 8, 10])
     for u in thin:
         u[MLP + '.B'][:, 2:] = 0
-    for given, w, gamma in ((lora_updates([3]), [1.0], [2.0]), (lora_updates([3]) * 4, [0.25] * 4, [2.0] * 4),
-                            (thin, [0.1, 0.2, 0.7], [1.0, 2.0, 3.0])):
+    for given, w, gamma in (
+        (lora_updates([3]), [1.0], [2.0]),
+        (lora_updates([3]) * 4, [0.25] * 4, [2.0] * 4),
+        (thin, [0.1, 0.2, 0.7], [1.0, 2.0, 3.0]),
+    ):
         W = sum(x * g * delta(u) for x, g, u in zip(w, gamma, given))
         r, new = np.linalg.matrix_rank(W, tol=1e-4), each(given, w, gamma)
         assert r == (6 if given is thin else 3) and len(new) == len(given)
@@ -557,7 +583,7 @@ def test_flexlora_before_any_update_leaves_none():
 
 
 def test_flexlora_with_a_rank_above_the_matrix_leaves_zeros():
-    given = lora_updates([16, 16])                                        # of a 12 x 10 matrix
+    given = lora_updates([16, 16])  # of a 12 x 10 matrix
     for new in each(given, [0.5, 0.5], [4.0, 4.0]):
         assert not new[MLP + '.A'][10:].any() and not new[MLP + '.B'][:, 10:].any()
         assert np.allclose(4 * delta(new), 2 * delta(given[0]) + 2 * delta(given[1]), atol=1e-3)
@@ -567,8 +593,12 @@ def test_flexlora_with_a_rank_above_the_matrix_leaves_zeros():
 @pytest.mark.parametrize('rule', ['hetlora', 'flora', 'flexlora'])
 def test_permuting_users_changes_nothing_but_rounding(rule, order):
     given, w = lora_updates([2, 4, 6]), [0.2, 0.5, 0.3]
-    a, b = ({'hetlora': lambda u, w, g: [hetlora(u, g)], 'flora': lambda u, w, g: [flora(u, w, g)], 'flexlora': each}[rule](
-        [given[i] for i in o], [w[i] for i in o], [GAMMA[i] for i in o]) for o in ([0, 1, 2], order))
+    a, b = (
+        {'hetlora': lambda u, w, g: [hetlora(u, g)], 'flora': lambda u, w, g: [flora(u, w, g)], 'flexlora': each}[rule](
+            [given[i] for i in o], [w[i] for i in o], [GAMMA[i] for i in o]
+        )
+        for o in ([0, 1, 2], order)
+    )
     if rule == 'flexlora':
         a = [a[i] for i in order]
     assert all(np.allclose(delta(x, name), delta(y, name), rtol=1e-3, atol=1e-3) for x, y in zip(a, b) for name in (MLP, ATT))
@@ -600,6 +630,7 @@ def test_only_generalists_and_shared_attention_leave(n, n_generalists):
 
 def test_every_rule_has_a_docstring_and_fits_a_screen():
     import inspect
+
     for name, f in inspect.getmembers(federate, inspect.isfunction):
         if f.__module__ == 'federate' and name not in ('like',):
             assert f.__doc__ and len(inspect.getsource(f).splitlines()) <= 40, name
@@ -610,7 +641,7 @@ def test_consensus_loss_pulls_a_sure_and_wrong_model_back():
     z = torch.zeros(1, 30, requires_grad=True)
     with torch.no_grad():
         z[0, :5] = 40
-    psi = torch.arange(5)[None].int(), torch.full((1, 5), .15).half()
+    psi = torch.arange(5)[None].int(), torch.full((1, 5), 0.15).half()
     loss, kept = consensus_loss(z, psi), psi[1].double().sum().item()
     rest = np.log(25) - np.log(5 * np.exp(40) + 25)
     top = 40 - np.log(5 * np.exp(40) + 25)

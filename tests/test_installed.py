@@ -1,4 +1,5 @@
 """data/installed.py: the demo's text is nobody else's."""
+
 import ast
 import re
 
@@ -39,8 +40,10 @@ def test_cut_all():
 
 def test_many_documents(monkeypatch):
     """No piece repeats, none is longer than asked; mixed users get the kinds that have enough, and an error names the rest."""
-    kinds = {name: [f'{name} {i} {"word " * 8}\n\nshared {"word " * 9}\n\n{name} {i} {"more " * 60}' for i in range(n)]
-             for name, n in (('python', 40), ('cpp', 50), ('prose', 10), ('readme', 3))}
+    kinds = {
+        name: [f'{name} {i} {"word " * 8}\n\nshared {"word " * 9}\n\n{name} {i} {"more " * 60}' for i in range(n)]
+        for name, n in (('python', 40), ('cpp', 50), ('prose', 10), ('readme', 3))
+    }
     monkeypatch.setattr(installed, 'demo_kinds', lambda: kinds)
     found = many_documents(2000, 500, mixed=False)
     assert list(found) == list(kinds) and all(len(text) <= 500 for texts in found.values() for text in texts)
@@ -54,8 +57,12 @@ def test_many_documents(monkeypatch):
 
 
 def test_statements_are_those_of_walk():
-    tree = ast.parse('class A:\n def f(): return [x for x in y]\ntry:\n def g(): 1\nexcept E:\n def h(): 2\n'
-                     'match x:\n case 1:\n  def i(): 3\nif (lambda: 4)():\n async def j(): pass\nelse:\n class B: pass\n')
+    tree = ast.parse(
+        'class A:\n def f(): return [x for x in y]\ntry:\n def g(): 1\nexcept E:\n def h(): 2\n'
+        'match x:\n case 1:\n  def i(): 3\nif (lambda: 4)():\n async def j(): pass\nelse:\n class B: pass\n'
+    )
+
     def names(nodes):
         return [node.name for node in nodes if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
+
     assert names(statements(tree)) == names(ast.walk(tree)) and len(names(ast.walk(tree))) == 7

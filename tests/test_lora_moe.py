@@ -1,4 +1,5 @@
 """The mixture of LoRA experts against plain formulas (METHOD 1.1, 1.3, invariants 1, 2, 5, 9, 11)."""
+
 import math
 
 import pytest
@@ -54,7 +55,7 @@ def test_cheap_form_equals_a_loop_over_full_mlps(n, k, routed):
         getattr(moe, name).bias.data.normal_()
     if routed and n > 2:
         moe.router.weight.data[-1] = 0
-        moe.router.weight.data[-1, 0] = -100            # with x[0] = 1 below: the last expert is never chosen
+        moe.router.weight.data[-1, 0] = -100  # with x[0] = 1 below: the last expert is never chosen
     x = torch.randn(2, 9, 16)
     x[..., 0] = 1
     grad_y = torch.randn(2, 9, 16)
@@ -101,11 +102,12 @@ def test_a_routing_made_elsewhere(unit, k):
     def plain(x):
         routing, flat, y = first.route(x), x.flatten(0, 1), 0
         for j, e in enumerate([*second.generalists, *second.specialists]):
-            w = (routing.weights * (routing.chosen == j)).sum(1)                              # (N,) 0 where not chosen
+            w = (routing.weights * (routing.chosen == j)).sum(1)  # (N,) 0 where not chosen
             h = second.c_fc(flat) + e.c_fc.scaling * flat @ e.c_fc.A.T @ e.c_fc.B.T
             a = F.gelu(h, approximate='tanh')
             y = y + w[:, None] * (second.c_proj(a) + e.c_proj.scaling * a @ e.c_proj.A.T @ e.c_proj.B.T)
         return y.view(x.shape)
+
     tensors = [first.router.weight, *(p for p in second.parameters() if p.requires_grad)]
     results = [[y, *torch.autograd.grad(y, tensors, grad_y)] for y in (second(x, first.route(x))[0], plain(x))]
     for a, b in zip(*results):
@@ -118,7 +120,7 @@ def test_untrained_user_equals_the_base(n, routed):
     """Invariant 1: B = 0 and weights that sum to one leave GPT-2's logits as they are."""
     model = user_model(n, routed=routed, zero_b=True)
     torch.manual_seed(0)
-    base = GPT(CONFIG)                                   # user_model's own base, drawn again
+    base = GPT(CONFIG)  # user_model's own base, drawn again
     idx = torch.randint(50, (3, 16))
     with torch.no_grad():
         assert (model(idx)[0] - base(idx)[0]).abs().max() < 1e-5
@@ -208,11 +210,11 @@ def test_roles_and_frozen_tensors():
         said = {'lora': 'attention', 'generalists': 'generalist', 'specialists': 'specialist', 'router': 'router'}
         for name, r in role.items():
             assert [said[part] for part in name.split('.') if part in said] == [r]
-        assert sum(r == 'specialist' for r in role.values()) == 2 * n_specialist * 4   # layers x experts x (2 LoRA of A, B)
+        assert sum(r == 'specialist' for r in role.values()) == 2 * n_specialist * 4  # layers x experts x (2 LoRA of A, B)
     frozen = {id(p) for p in base.parameters()}
     for model in (a, b):
         assert {id(p) for name, p in model.named_parameters() if name not in roles(model)} == frozen
-    assert add_lora(base, 1, 1, rank=4).h[0].mlp.router is None                        # invariant 10: one expert, no router
+    assert add_lora(base, 1, 1, rank=4).h[0].mlp.router is None  # invariant 10: one expert, no router
 
 
 def test_a_user_adds_only_its_own_tensors():
@@ -249,7 +251,7 @@ def test_rank_stabilised_scaling():
         lora.A.data.copy_(initial('x.A', (r, 256), 0)), lora.B.data.normal_()
         variance[r] = lora.add_to(torch.zeros(2000, 128), x).var().item()
     assert max(variance.values()) / min(variance.values()) < 1.3
-    assert variance[4] / 4 / (variance[64] / 64) > 10    # the same sums under α/r
+    assert variance[4] / 4 / (variance[64] / 64) > 10  # the same sums under α/r
 
 
 def test_initial_values():
@@ -376,8 +378,11 @@ def unit_model(unit, one_routing=False, n=4) -> GPT:
 def test_routing_units_against_means_of_the_routers_inputs(unit):
     moe = unit_model(unit).h[0].mlp
     x = torch.randn(3, 10, 16)
-    seen = {'token': x, 'prefix': torch.stack([x[:, :t + 1].mean(1) for t in range(10)], 1),
-            'sequence': x.mean(1, keepdim=True).expand_as(x)}[unit]
+    seen = {
+        'token': x,
+        'prefix': torch.stack([x[:, : t + 1].mean(1) for t in range(10)], 1),
+        'sequence': x.mean(1, keepdim=True).expand_as(x),
+    }[unit]
     probs = (seen @ moe.router.weight.T).softmax(-1).flatten(0, 1)
     routing = moe.route(x)
     assert torch.allclose(routing.probs, probs, atol=1e-5)
@@ -390,8 +395,10 @@ def test_prefix_routing_does_not_look_ahead_and_sequence_routing_does():
     a = torch.randint(50, (2, 12))
     b = torch.cat((a[:, :7], torch.randint(50, (2, 5))), 1)
     with torch.no_grad():
-        moved = {unit: (unit_model(unit)(a)[0][:, :7] - unit_model(unit)(b)[0][:, :7]).abs().max()
-                 for unit in ('token', 'prefix', 'sequence')}
+        moved = {
+            unit: (unit_model(unit)(a)[0][:, :7] - unit_model(unit)(b)[0][:, :7]).abs().max()
+            for unit in ('token', 'prefix', 'sequence')
+        }
     assert moved['token'] < 1e-5 and moved['prefix'] < 1e-5 and moved['sequence'] > 1e-3
 
 
@@ -421,12 +428,12 @@ def test_ghost_noise_is_the_identity_outside_training_and_for_a_lone_sequence():
 
 def test_ghost_noise_by_hand(monkeypatch):
     """x' = (x - (μ~ - μ)) / sqrt((σ~² + ε) / (σ² + ε)), statistics of the drawn and of all other sequences."""
-    x, drawn = torch.randn(3, 10, 4), torch.tensor([[0, 1], [1, 1], [0, 0]])     # of the two others of each sequence
+    x, drawn = torch.randn(3, 10, 4), torch.tensor([[0, 1], [1, 1], [0, 0]])  # of the two others of each sequence
     others = [[1, 2], [0, 2], [0, 1]]
     monkeypatch.setattr(torch, 'randint', lambda *a, **k: drawn.clone())
     y = GhostNoise(2).train()(x)
     for b in range(3):
-        ghost = torch.cat([x[others[b][i]] for i in drawn[b]])                   # (2 T, C)
+        ghost = torch.cat([x[others[b][i]] for i in drawn[b]])  # (2 T, C)
         pool = torch.cat([x[i] for i in others[b]])
         shift = ghost.mean(0) - pool.mean(0)
         scale = ((ghost.var(0, correction=0) + 1e-3) / (pool.var(0, correction=0) + 1e-3)).sqrt()
@@ -438,10 +445,10 @@ def test_ghost_noise_has_the_stated_mean_and_variance():
     torch.manual_seed(0)
     x = torch.randn(8, 20, 3) + torch.randn(8, 1, 3)
     noise = GhostNoise(4).train()
-    flat = x - x.mean(1, keepdim=True)                          # with equal variances only the shift is left to see
+    flat = x - x.mean(1, keepdim=True)  # with equal variances only the shift is left to see
     x = flat / flat.std(1, keepdim=True, correction=0) + torch.randn(8, 1, 3)
-    means = x.mean(1)                                           # (8, 3)
-    others = torch.stack([torch.cat((means[:b], means[b + 1:])) for b in range(8)])      # (8, 7, 3)
+    means = x.mean(1)  # (8, 3)
+    others = torch.stack([torch.cat((means[:b], means[b + 1 :])) for b in range(8)])  # (8, 7, 3)
     shifts, real = [], torch.Tensor.sqrt
     for _ in range(4000):
         state = torch.get_rng_state()
@@ -450,11 +457,11 @@ def test_ghost_noise_has_the_stated_mean_and_variance():
         i += i >= torch.arange(8)[:, None]
         drawn = means[i].mean(1)
         y = noise(x)
-        var = 1 + means[i].square().mean(1) - drawn.square()    # E[x²] - E[x]² of the drawn sequences together
+        var = 1 + means[i].square().mean(1) - drawn.square()  # E[x²] - E[x]² of the drawn sequences together
         pool = 1 + others.square().mean(1) - others.mean(1).square()
         shifts.append(x[:, 0] - y[:, 0] * real((var + 1e-3) / (pool + 1e-3)))
     shifts = torch.stack(shifts)
-    assert (shifts.mean(0).abs() < 4 * shifts.std(0) / 4000 ** 0.5).all()
+    assert (shifts.mean(0).abs() < 4 * shifts.std(0) / 4000**0.5).all()
     assert torch.allclose(shifts.var(0), others.var(1, correction=0) / 4, rtol=0.15)
 
 
@@ -463,7 +470,7 @@ def test_ghost_noise_vanishes_with_many_draws_and_sends_no_gradient_through_its_
     assert torch.allclose(GhostNoise(200_000).train()(x), x, atol=0.02)
     y = GhostNoise(2).train()(x)
     (grad,) = torch.autograd.grad(y[0].sum(), x)
-    assert grad[0].abs().min() > 0 and not grad[1:].any()       # sequence 0 alone, though the others made its noise
+    assert grad[0].abs().min() > 0 and not grad[1:].any()  # sequence 0 alone, though the others made its noise
 
 
 def test_ghost_noise_does_not_let_a_sequence_see_itself():

@@ -1,4 +1,5 @@
 """model.py is GPT-2: the oracle is transformers' GPT2LMHeadModel on a random small configuration."""
+
 import json
 
 import pytest
@@ -51,6 +52,7 @@ def test_older_hub_layouts_load_too(hub_folder, tmp_path):
 def test_names_of_the_hub_are_downloaded(hub_folder, monkeypatch):
     """gpt2 ... gpt2-xl go through huggingface_hub; here its one function answers with local files."""
     import huggingface_hub
+
     folder, _ = hub_folder
     asked = []
     monkeypatch.setattr(huggingface_hub, 'hf_hub_download', lambda repo, file: asked.append((repo, file)) or str(folder / file))
@@ -59,6 +61,7 @@ def test_names_of_the_hub_are_downloaded(hub_folder, monkeypatch):
 
     def unreachable(repo, file):
         raise ConnectionError('no route')
+
     monkeypatch.setattr(huggingface_hub, 'hf_hub_download', unreachable)
     with pytest.raises(OSError, match='cannot get openai-community/gpt2 .*--init_from'):
         load_gpt('gpt2')
@@ -88,7 +91,7 @@ def test_generate():
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(50, 16, 1, 2, 8))
     prompt = torch.tensor([[1, 2, 3]])
-    a = gpt.generate(prompt, 20, seed=5)                                  # longer than the context of 16
+    a = gpt.generate(prompt, 20, seed=5)  # longer than the context of 16
     assert a.shape == (1, 23) and torch.equal(a[:, :3], prompt)
     assert torch.equal(a, gpt.generate(prompt, 20, seed=5)) and not torch.equal(a, gpt.generate(prompt, 20, seed=6))
     greedy = gpt.generate(prompt, 5, temperature=0)
@@ -128,6 +131,7 @@ def test_cross_entropy_in_chunks(N, V, dtype):
 
 class Largest(TorchDispatchMode):
     """Remembers the largest floating tensor that any operation made, in numbers."""
+
     numbers = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -144,7 +148,7 @@ def test_a_frozen_head_never_makes_all_logits():
     idx = torch.randint(60_000, (8, 128))
     with Largest() as seen:
         gpt.loss(idx, idx)[0].backward()
-    assert seen.numbers <= 2 ** 24 < idx.numel() * 60_000
+    assert seen.numbers <= 2**24 < idx.numel() * 60_000
 
 
 def test_a_trained_head_gets_its_gradient():
@@ -162,7 +166,7 @@ def test_attention_on_a_cpu_equals_sdpa():
     attention, x = GPT(GPTConfig(50, 256, 1, 2, 8)).h[0].attn, torch.randn(2, 129, 8)
     for T in (1, 128):
         a, b = x[:, :T].clone().requires_grad_(), x.clone().requires_grad_()
-        explicit, sdpa = attention(a), attention(b)[:, :T]              # causal: what follows does not matter
+        explicit, sdpa = attention(a), attention(b)[:, :T]  # causal: what follows does not matter
         assert torch.allclose(explicit, sdpa, atol=1e-6)
         explicit.square().sum().backward(), sdpa.square().sum().backward()
         assert torch.allclose(a.grad, b.grad[:, :T], atol=1e-6)
@@ -192,6 +196,7 @@ def test_fast_fp32_is_taken_back_where_products_become_bf16(setting, monkeypatch
     def product(a, b):
         allowed = a.dtype == torch.float32 and setting.fp32_precision == 'bf16'
         return real(a.bfloat16(), b.bfloat16()).float() if allowed else real(a, b)
+
     monkeypatch.setattr(torch.Tensor, '__matmul__', product)
     assert not fast_fp32('cpu') and setting.fp32_precision == before
 
@@ -200,18 +205,22 @@ def hub_like(folder, **changes):
     folder.mkdir()
     save_gpt(GPT(GPTConfig(50, 16, 1, 2, 8)), folder / 'm.safetensors')
     from safetensors.torch import load_file, save_file
-    save_file(load_file(folder / 'm.safetensors'), folder / 'm.safetensors')           # drops our metadata
+
+    save_file(load_file(folder / 'm.safetensors'), folder / 'm.safetensors')  # drops our metadata
     config = {'model_type': 'gpt2', 'vocab_size': 50, 'n_positions': 16, 'n_layer': 1, 'n_head': 2, 'n_embd': 8, **changes}
     (folder / 'config.json').write_text(json.dumps(config))
     return str(folder)
 
 
-@pytest.mark.parametrize('changes, message', [
-    ({'model_type': 'llama'}, "'llama' model.*must be a gpt2"),
-    ({'activation_function': 'relu'}, 'activation_function'),
-    ({'scale_attn_by_inverse_layer_idx': True}, 'scale_attn_by_inverse_layer_idx'),
-    ({'n_layer': 2}, ' tensors differ, first h.0'),
-])
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        ({'model_type': 'llama'}, "'llama' model.*must be a gpt2"),
+        ({'activation_function': 'relu'}, 'activation_function'),
+        ({'scale_attn_by_inverse_layer_idx': True}, 'scale_attn_by_inverse_layer_idx'),
+        ({'n_layer': 2}, ' tensors differ, first h.0'),
+    ],
+)
 def test_another_model_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         load_gpt(hub_like(tmp_path / 'x', **changes))
@@ -230,6 +239,7 @@ def test_unreadable_files_are_refused_and_run_no_code(tmp_path):
     class Hostile:
         def __reduce__(self):
             return (open, (str(tmp_path / 'executed'), 'w'))
+
     (tmp_path / 'model.safetensors').unlink()
     torch.save({'wte.weight': Hostile()}, tmp_path / 'pytorch_model.bin')
     with pytest.raises(ValueError, match='cannot be read as model weights'):

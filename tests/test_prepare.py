@@ -1,4 +1,5 @@
 """data/sources.py, data/prepare.py: what is written is what was read, once. Offline; the Hub: a fake, the library's streams."""
+
 import csv
 import gzip
 import io
@@ -29,6 +30,7 @@ SMALL = ['--train_tokens=1500', '--valid_tokens=400', '--test_tokens=400', '--to
 
 # ---- small data sets with the Hub's columns -------------------------------------------------------------------------
 
+
 def documents(label, n=120):
     """n different documents, every one beginning with '<' and holding a two-byte character and a line break."""
     return [f'<{label}.{i}> wörds\nof {label}{"!" * (i % 7)}' for i in range(n)]
@@ -37,12 +39,19 @@ def documents(label, n=120):
 ROWS = {
     'agnews': {'train': [{'text': text, 'label': i % 4} for i, text in enumerate(documents('news', 400))]},
     'multilingual': {user: [{'text': text} for text in documents(user)] for user in LANGUAGES},
-    'slimpajama': {'train': [{'text': text, 'meta': {'redpajama_set_name': f'RedPajama{name}'}}
-                             for several in zip(*map(documents, (*SOURCES, 'C4')))
-                             for name, text in zip((*SOURCES, 'C4'), several)]},
+    'slimpajama': {
+        'train': [
+            {'text': text, 'meta': {'redpajama_set_name': f'RedPajama{name}'}}
+            for several in zip(*map(documents, (*SOURCES, 'C4')))
+            for name, text in zip((*SOURCES, 'C4'), several)
+        ]
+    },
 }
-OWN = {'agnews': [documents('news', 400)[i::4] for i in range(4)], 'multilingual': list(map(documents, LANGUAGES)),
-       'slimpajama': list(map(documents, SOURCES))}  # what user i may hold
+OWN = {
+    'agnews': [documents('news', 400)[i::4] for i in range(4)],
+    'multilingual': list(map(documents, LANGUAGES)),
+    'slimpajama': list(map(documents, SOURCES)),
+}  # what user i may hold
 
 
 def save(file, rows):
@@ -52,8 +61,9 @@ def save(file, rows):
         with open(file, 'w', encoding='utf-8', newline='') as out:
             writer = csv.DictWriter(out, rows[0])
             writer.writeheader()
-            writer.writerows({key: json.dumps(value) if isinstance(value, dict) else value for key, value in row.items()}
-                             for row in rows)
+            writer.writerows(
+                {key: json.dumps(value) if isinstance(value, dict) else value for key, value in row.items()} for row in rows
+            )
     else:
         with (gzip.open if file.suffix == '.gz' else open)(file, 'wt', encoding='utf-8') as out:
             out.writelines(json.dumps(row) + '\n' for row in rows)
@@ -81,8 +91,11 @@ def read(folder, tokenizer='bytes'):
     """meta.json and {(user, split): its documents}, through the reader that training uses."""
     enc = encoding(tokenizer)
     meta, streams = load_dataset(folder, 8, enc.n_vocab)
-    texts = {(i, split): enc.decode_bytes(user[split].tolist()).decode('utf-8', 'ignore')
-             for i, user in enumerate(streams) for split in SPLITS}
+    texts = {
+        (i, split): enc.decode_bytes(user[split].tolist()).decode('utf-8', 'ignore')
+        for i, user in enumerate(streams)
+        for split in SPLITS
+    }
     assert all(text.startswith('<') for text in texts.values())
     return meta, {key: ('\0' + text).replace(meta['separator'] + '<', '\0<').split('\0')[1:] for key, text in texts.items()}
 
@@ -93,11 +106,12 @@ def hashes(folder):
 
 def assert_disjoint(found):
     """No document, told by its beginning, in two users or two splits or twice in one."""
-    heads = [text[:text.index('>')] for texts in found.values() for text in texts if '>' in text]
+    heads = [text[: text.index('>')] for texts in found.values() for text in texts if '>' in text]
     assert heads and len(heads) == len(set(heads))
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize('suffix', ['.jsonl', '.jsonl.gz', '.csv', '.parquet'])
 @pytest.mark.parametrize('name', ROWS)
@@ -163,8 +177,17 @@ def test_tokens_of_many_texts_are_those_of_each(name, monkeypatch):
 
 def test_sizes_per_user(tmp_path, capsys):
     """N,N,N,N is one size per user, in order; the paper's Table 3 is printed beside them."""
-    run('multilingual', '--source', source_of('multilingual', tmp_path / 'in'), '--out_root', tmp_path,
-        '--train_tokens=100,200,300,400', '--valid_tokens=50', '--test_tokens=60', '--tokenizer=bytes')
+    run(
+        'multilingual',
+        '--source',
+        source_of('multilingual', tmp_path / 'in'),
+        '--out_root',
+        tmp_path,
+        '--train_tokens=100,200,300,400',
+        '--valid_tokens=50',
+        '--test_tokens=60',
+        '--tokenizer=bytes',
+    )
     meta, _ = read(tmp_path / 'multilingual')
     assert [list(user['tokens'].values()) for user in meta['users']] == [[n, 50, 60] for n in (100, 200, 300, 400)]
     out = capsys.readouterr().out
@@ -189,8 +212,17 @@ def test_duplicates_and_empty_documents(tmp_path):
     """Empty rows go; a text that occurs again, in whatever user's file, is kept once."""
     folder = source_of('multilingual', tmp_path / 'in', '.jsonl')
     for user in LANGUAGES:
-        rows = [{'text': text} for text in ('', '   ', None, '  <shared.0> the same everywhere \n',
-                                          f'<{user}.half> a pair \ud83d', *documents(user, 20) * 2)]
+        rows = [
+            {'text': text}
+            for text in (
+                '',
+                '   ',
+                None,
+                '  <shared.0> the same everywhere \n',
+                f'<{user}.half> a pair \ud83d',
+                *documents(user, 20) * 2,
+            )
+        ]
         save(folder / f'{user}.jsonl', rows)
     run('multilingual', '--source', folder, '--out_root', tmp_path, *SMALL)
     _, found = read(tmp_path / 'multilingual')
@@ -227,8 +259,12 @@ def test_agnews_test_rows(tmp_path):
     meta, found = read(tmp_path / 'agnews')
     assert meta['source'] == ['train.csv', 'test.jsonl']
     assert_disjoint(found)
-    assert all(text.startswith('<news.' if split == 'train' else '<later.') for (_, split), texts in found.items()
-               for text in texts if '>' in text)
+    assert all(
+        text.startswith('<news.' if split == 'train' else '<later.')
+        for (_, split), texts in found.items()
+        for text in texts
+        if '>' in text
+    )
 
 
 def test_wiki40b_markers():
@@ -240,8 +276,11 @@ def test_wiki40b_markers():
 
 def test_long_documents_are_cut_before_splitting(tmp_path, capsys):
     """A book's rest is dropped, not dealt to another split; the run says how many were cut."""
-    rows = [{'text': f'<{name}.{i}> ' + 'word ' * 200, 'meta': json.dumps({'redpajama_set_name': f'RedPajama{name}'})}
-            for i in range(8) for name in SOURCES]
+    rows = [
+        {'text': f'<{name}.{i}> ' + 'word ' * 200, 'meta': json.dumps({'redpajama_set_name': f'RedPajama{name}'})}
+        for i in range(8)
+        for name in SOURCES
+    ]
     (tmp_path / 'in').mkdir()
     save(tmp_path / 'in' / 'train-00000-of-00001.parquet', rows)
     run('slimpajama', '--source', tmp_path / 'in', '--out_root', tmp_path, '--max_chars=120', *SMALL)
@@ -295,8 +334,11 @@ def test_three_hundred_users(tmp_path, capsys):
     errors = []  # tokens
     for (i, split), texts in found.items():
         size = 400 if split == 'train' else 100
-        held = np.bincount([label[text[:text.index('>') + 1]] for text in texts if '>' in text],
-                           [len(text.encode()) + 1 for text in texts if '>' in text], 4)
+        held = np.bincount(
+            [label[text[: text.index('>') + 1]] for text in texts if '>' in text],
+            [len(text.encode()) + 1 for text in texts if '>' in text],
+            4,
+        )
         errors.append(np.abs(held / size - shares[i]).max() * size)
         assert meta['users'][i]['tokens'][split] == size
         assert f'{shares[i].max():.0%} {sources.CATEGORIES["agnews"][shares[i].argmax()]}' in meta['users'][i]['name']
@@ -309,8 +351,12 @@ def test_no_crumbs_where_documents_are_few():
     shares = dict.fromkeys(SPLITS, own)
     assert prepare.without_crumbs(asked, shares, [6, 6, 6]) is shares
     first = [50 / 99, 49 / 99, 0]
-    for n, expected in (([6, 6, 5], [first, own[1]]), ([5, 6, 6], [first, [0, 6 / 96, 90 / 96]]),
-                        ([6, 3, 6], [first, [0, 0, 1]]), ([0, 0, 0], [first, [0, 0, 1]])):
+    for n, expected in (
+        ([6, 6, 5], [first, own[1]]),
+        ([5, 6, 6], [first, [0, 6 / 96, 90 / 96]]),
+        ([6, 3, 6], [first, [0, 0, 1]]),
+        ([0, 0, 0], [first, [0, 0, 1]]),
+    ):
         for split in SPLITS:
             np.testing.assert_allclose(prepare.without_crumbs(asked, shares, n)[split], expected)
     pools = [np.array([(i, 300)] * n) for i, n in enumerate((3, 3, 3))]  # 9 documents for 6 splits of 2 users
@@ -320,6 +366,7 @@ def test_no_crumbs_where_documents_are_few():
 
 def test_memory_does_not_grow_with_the_source(tmp_path):
     """Four times the text, cut nowhere: the tokens wait in a file, of which nothing is left; memory is a batch of text."""
+
     def peak(n):
         (tmp_path / str(n)).mkdir()
         with open(tmp_path / str(n) / 'a.txt', 'w', encoding='utf-8') as file:
@@ -329,6 +376,7 @@ def test_memory_does_not_grow_with_the_source(tmp_path):
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak
+
     small, large = peak(1000), peak(4000)  # 4.4 and 17.6 MB, twice as much as tokens
     assert 2_000_000 < small and large < small + 3000 * 300
     assert sorted(path.name for path in tmp_path.iterdir()) == ['1000', '4000', 'out1000', 'out4000']
@@ -336,6 +384,7 @@ def test_memory_does_not_grow_with_the_source(tmp_path):
 
 
 # ---- local, demo, base ----------------------------------------------------------------------------------------------
+
 
 def test_local(tmp_path):
     """One user per file or sub-folder, sorted by name; 80/10/10 of each; paragraphs of a .txt are documents."""
@@ -376,10 +425,14 @@ def test_demo_and_base(tmp_path, monkeypatch):
     """demo: the installed users, its sizes, more users. base: Wikipedia and the installed text that demo leaves."""
     users = {name: documents(name) for name in ('one', 'two')}
     monkeypatch.setattr(sources, 'demo_documents', lambda: users)
-    monkeypatch.setattr(sources, 'many_documents', lambda chars, least, mixed: {
-        'three': documents(f'three-{chars}-{least}-{mixed}', 4000)})
-    monkeypatch.setattr(sources, 'base_documents', lambda exclude: {
-        'code': documents('code', 300)} if exclude == sum(users.values(), []) else {})
+    monkeypatch.setattr(
+        sources, 'many_documents', lambda chars, least, mixed: {'three': documents(f'three-{chars}-{least}-{mixed}', 4000)}
+    )
+    monkeypatch.setattr(
+        sources,
+        'base_documents',
+        lambda exclude: {'code': documents('code', 300)} if exclude == sum(users.values(), []) else {},
+    )
     monkeypatch.setitem(prepare.SETS['demo'], 'tokens', {'train': (500, 700), 'valid': (200,), 'test': (300,)})
     assert run('demo', '--out_root', tmp_path) == 0
     meta, found = read(tmp_path / 'demo')
@@ -400,6 +453,7 @@ def test_demo_and_base(tmp_path, monkeypatch):
 
 
 # ---- the Hub --------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def hub(monkeypatch):
@@ -424,8 +478,10 @@ def endless(rows):
 
 
 def test_hub_agnews(hub, tmp_path):
-    hub.rows = {('fancyzhx/ag_news', None, 'train'): lambda: iter(ROWS['agnews']['train']),
-                ('fancyzhx/ag_news', None, 'test'): lambda: ({'text': text, 'label': 1} for text in documents('later', 200))}
+    hub.rows = {
+        ('fancyzhx/ag_news', None, 'train'): lambda: iter(ROWS['agnews']['train']),
+        ('fancyzhx/ag_news', None, 'test'): lambda: ({'text': text, 'label': 1} for text in documents('later', 200)),
+    }
     assert run('agnews', '--out_root', tmp_path, *SMALL) == 0
     meta, found = read(tmp_path / 'agnews')
     assert hub.asked == list(hub.rows) and meta['source'] == ['fancyzhx/ag_news']
@@ -441,8 +497,12 @@ def test_hub_multilingual(hub, tmp_path):
     hub.rows['google/wiki40b', 'nl', 'train'] = lambda: endless(dutch)
     assert run('multilingual', '--out_root', tmp_path, *SMALL) == 0
     meta, found = read(tmp_path / 'multilingual')
-    assert meta['source'] == ['wikimedia/wikipedia 20231101.de', 'google/wiki40b nl', 'wikimedia/wikipedia 20231101.fr',
-                              'wikimedia/wikipedia 20231101.it']
+    assert meta['source'] == [
+        'wikimedia/wikipedia 20231101.de',
+        'google/wiki40b nl',
+        'wikimedia/wikipedia 20231101.fr',
+        'wikimedia/wikipedia 20231101.it',
+    ]
     assert [user['name'] for user in meta['users']] == ['de', 'nl', 'fr', 'it']
     assert '_START' not in str(found) and '_NEWLINE_' not in str(found)
     assert any('\n\nzin\neinde' in text for text in found[1, 'train'])
@@ -470,6 +530,7 @@ def test_hub_unreachable(moment, hub, tmp_path, capsys):
     def rows():
         yield from ROWS['agnews']['train']
         raise RuntimeError('peer closed\nthe connection')
+
     if moment == 'read':
         hub.rows['fancyzhx/ag_news', None, 'train'] = rows
     assert run('agnews', '--out_root', tmp_path / 'out', *SMALL) == 2
@@ -480,10 +541,11 @@ def test_hub_unreachable(moment, hub, tmp_path, capsys):
 
 # ---- bad input, interruption ----------------------------------------------------------------------------------------
 
+
 def corrupt(file):
     save(file, ROWS['agnews']['train'])
     raw = file.read_bytes()
-    file.write_bytes(raw[:len(raw) // 2 - 9])
+    file.write_bytes(raw[: len(raw) // 2 - 9])
 
 
 BAD = {  # what is wrong: (arguments, words of the message, what to do to the source folder)
@@ -495,27 +557,45 @@ BAD = {  # what is wrong: (arguments, words of the message, what to do to the so
     'other format': (['agnews', '--source=IN/a.doc'], '.jsonl', lambda folder: (folder / 'a.doc').write_text('x')),
     'language missing': (['multilingual', '--source=IN'], 'de.jsonl', lambda folder: save(folder / 'nl.csv', [{'text': 'x'}])),
     'languages in a file': (['multilingual', '--source=IN/a.jsonl'], 'folder', lambda folder: save(folder / 'a.jsonl', [{}])),
-    'no text column': (['agnews', '--source=IN'], "'text' (there are: body, label)",
-                       lambda folder: save(folder / 'train.parquet', [{'body': 'x', 'label': 0}])),
+    'no text column': (
+        ['agnews', '--source=IN'],
+        "'text' (there are: body, label)",
+        lambda folder: save(folder / 'train.parquet', [{'body': 'x', 'label': 0}]),
+    ),
     'no label column': (['agnews', '--source=IN'], "'label'", lambda folder: save(folder / 'train.csv', [{'text': 'x'}])),
     'unknown label': (['agnews', '--source=IN'], "'7'", lambda folder: save(folder / 'train.csv', [{'text': 'x', 'label': 7}])),
-    'text is no text': (['agnews', '--source=IN'], 'list',
-                        lambda folder: save(folder / 'train.jsonl', [{'text': [], 'label': 0}])),
+    'text is no text': (
+        ['agnews', '--source=IN'],
+        'list',
+        lambda folder: save(folder / 'train.jsonl', [{'text': [], 'label': 0}]),
+    ),
     'no meta column': (['slimpajama', '--source=IN'], "'meta'", lambda folder: save(folder / 'train.jsonl', [{'text': 'x'}])),
-    'odd meta': (['slimpajama', '--source=IN'], 'redpajama_set_name',
-                 lambda folder: save(folder / 'train.jsonl', [{'text': 'x', 'meta': 'Book'}])),
-    'category without rows': (['agnews', '--source=IN'], 'no documents of Sports',
-                              lambda folder: save(folder / 'train.jsonl', [{'text': str(i), 'label': 0} for i in range(9)])),
+    'odd meta': (
+        ['slimpajama', '--source=IN'],
+        'redpajama_set_name',
+        lambda folder: save(folder / 'train.jsonl', [{'text': 'x', 'meta': 'Book'}]),
+    ),
+    'category without rows': (
+        ['agnews', '--source=IN'],
+        'no documents of Sports',
+        lambda folder: save(folder / 'train.jsonl', [{'text': str(i), 'label': 0} for i in range(9)]),
+    ),
     'no rows': (['agnews', '--source=IN'], 'no documents', lambda folder: save(folder / 'train.jsonl', [])),
-    'too few documents': (['agnews', '--source=IN'], 'empty',
-                          lambda folder: save(folder / 'train.jsonl', ROWS['agnews']['train'][:8])),
+    'too few documents': (
+        ['agnews', '--source=IN'],
+        'empty',
+        lambda folder: save(folder / 'train.jsonl', ROWS['agnews']['train'][:8]),
+    ),
     'truncated gzip': (['agnews', '--source=IN'], 'train.jsonl.gz', lambda folder: corrupt(folder / 'train.jsonl.gz')),
     'truncated parquet': (['agnews', '--source=IN'], 'train.parquet', lambda folder: corrupt(folder / 'train.parquet')),
     'truncated json': (['agnews', '--source=IN'], 'train.jsonl', lambda folder: corrupt(folder / 'train.jsonl')),
     'not gzip': (['agnews', '--source=IN'], 'train.jsonl.gz', lambda folder: (folder / 'train.jsonl.gz').write_text('text')),
     'not UTF-8': (['local', '--source=IN'], 'a.txt', lambda folder: (folder / 'a.txt').write_bytes(b'\xff\xfe\xfd')),
-    'not an object': (['agnews', '--source=IN'], 'not a JSON object',
-                      lambda folder: (folder / 'train.jsonl').write_text('[1]\n')),
+    'not an object': (
+        ['agnews', '--source=IN'],
+        'not a JSON object',
+        lambda folder: (folder / 'train.jsonl').write_text('[1]\n'),
+    ),
     'sizes of 3 users': (['agnews', '--source=IN', '--valid_tokens=9,9,9'], '--valid_tokens=9,9,9', 'agnews'),
     'size is no number': (['agnews', '--source=IN', '--train_tokens=1e6'], '--train_tokens=1e6', 'agnews'),
     'size of zero': (['agnews', '--source=IN', '--test_tokens=9,9,9,0'], '--test_tokens', 'agnews'),
@@ -528,8 +608,11 @@ BAD = {  # what is wrong: (arguments, words of the message, what to do to the so
     'name with a slash': (['agnews', '--source=IN', '--name=../x'], '--name', 'agnews'),
     'local without source': (['local'], '--source', None),
     'local without users': (['local', '--source=IN'], 'found: none', None),
-    'local twice the same': (['local', '--source=IN'], 'a.csv, a.txt',
-                             lambda folder: [(folder / name).write_text('x') for name in ('a.txt', 'a.csv')]),
+    'local twice the same': (
+        ['local', '--source=IN'],
+        'a.csv, a.txt',
+        lambda folder: [(folder / name).write_text('x') for name in ('a.txt', 'a.csv')],
+    ),
     'demo with source': (['demo', '--source=IN'], '--source', None),
 }
 
@@ -551,6 +634,7 @@ def test_bad_input(case, tmp_path, capsys):
 def test_vocabulary_not_at_hand(tmp_path, capsys, monkeypatch):
     def get_encoding(name):
         raise ConnectionError('no\nnetwork')
+
     monkeypatch.setattr('tiktoken.get_encoding', get_encoding)
     assert run('agnews', '--source', source_of('agnews', tmp_path / 'in'), '--out_root', tmp_path / 'out') == 2
     err = capsys.readouterr().err
@@ -615,9 +699,17 @@ def test_interruption(where, error, tmp_path, monkeypatch):
 
 def test_command(tmp_path):
     """The command itself, from another folder: a data set, --help, and one line for a mistake."""
+
     def command(*arguments):
-        return subprocess.run([sys.executable, str(ROOT / 'data' / 'prepare.py'), *map(str, arguments)], cwd=tmp_path,
-                              capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(
+            [sys.executable, str(ROOT / 'data' / 'prepare.py'), *map(str, arguments)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
     done = command('agnews', '--source', source_of('agnews', tmp_path / 'in'), '--out_root=out', *SMALL)
     assert (done.returncode, done.stderr) == (0, '') and 'Sci/Tech' in done.stdout
     assert (tmp_path / 'out' / 'agnews' / 'meta.json').exists()
@@ -632,6 +724,7 @@ def test_help(capsys):
 
 
 # ---- real text ------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize('name', ROWS)
 def test_real_text(name, tmp_path):
@@ -648,7 +741,7 @@ def test_real_text(name, tmp_path):
         for split in SPLITS:
             raw = user[split].astype(np.uint8).tobytes()
             for start in range(0, len(raw) - 100):
-                window = hash(raw[start:start + 100])
+                window = hash(raw[start : start + 100])
                 shared += owner.setdefault(window, (i, split)) != (i, split)
                 total += 1
     print(f'{shared} of {total} windows shared')

@@ -1,4 +1,5 @@
 """pretrain.py: a base from scratch, on tiny data."""
+
 import json
 import subprocess
 import sys
@@ -45,6 +46,6 @@ def test_the_shipped_base():
     text = 'The town lies on the river and was founded in the nineteenth century by settlers from the north. '
     assert enc.decode(enc.encode_ordinary(text)) == text
     tokens = torch.tensor(enc.encode_ordinary(text)).numpy()
-    assert evaluate(base, tokens, 256)['loss'] / 0.6931 < 2.5           # bits per byte
+    assert evaluate(base, tokens, 256)['loss'] / 0.6931 < 2.5  # bits per byte
     new = base.generate(torch.tensor([enc.encode_ordinary('In the year ')]), 40, temperature=0.7, top_k=20, seed=1)
     assert enc.decode(new[0].tolist()).startswith('In the year ')

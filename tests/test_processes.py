@@ -1,4 +1,5 @@
 """Users dealt out to processes by torchrun, and users that take part in some rounds only: the numbers never depend on it."""
+
 import json
 import os
 import re
@@ -20,28 +21,48 @@ from data.stream import get_batch
 
 # every aggregation rule, per-user experts or ranks, what lives outside tensors, a sample of the users
 RUNS = {
-    'fedavg': ['--method=comigs_1gxs', '--n_experts=3,1,2'], 'local': ['--method=local'],
-    'centralized': ['--method=centralized'], 'ffa': ['--method=ffa_lora'],
-    'fedsa': ['--method=fedsa_lora'], 'median': ['--aggregate=median'],
-    'trimmed_mean': ['--aggregate=trimmed_mean', '--trim=0.4'], 'weights': ['--method=pcl', '--trust=weights'],
-    'validation': ['--method=pcl'], 'predictions': ['--method=pcl', '--trust=predictions'],
-    'hetlora': ['--method=hetlora', '--lora_rank=4,6,8', '--prune_coef=10'], 'flora': ['--method=flora', '--lora_rank=4,6,8'],
-    'flexlora': ['--method=flexlora', '--lora_rank=4,6,8'], 'consensus': ['--method=consensus', '--n_experts=1,2,3'],
-    'fdlora': ['--method=fdlora'], 'some': ['--participation=0.6', '--test_users=2'],
+    'fedavg': ['--method=comigs_1gxs', '--n_experts=3,1,2'],
+    'local': ['--method=local'],
+    'centralized': ['--method=centralized'],
+    'ffa': ['--method=ffa_lora'],
+    'fedsa': ['--method=fedsa_lora'],
+    'median': ['--aggregate=median'],
+    'trimmed_mean': ['--aggregate=trimmed_mean', '--trim=0.4'],
+    'weights': ['--method=pcl', '--trust=weights'],
+    'validation': ['--method=pcl'],
+    'predictions': ['--method=pcl', '--trust=predictions'],
+    'hetlora': ['--method=hetlora', '--lora_rank=4,6,8', '--prune_coef=10'],
+    'flora': ['--method=flora', '--lora_rank=4,6,8'],
+    'flexlora': ['--method=flexlora', '--lora_rank=4,6,8'],
+    'consensus': ['--method=consensus', '--n_experts=1,2,3'],
+    'fdlora': ['--method=fdlora'],
+    'some': ['--participation=0.6', '--test_users=2'],
 }
 SHORT = ('--rounds=3', '--consensus_start=1', '--judge_windows=4', '--batch_size=2', '--micro_batch_size=2')
 
 
 def torchrun(n: int, *command: object, **kwargs) -> subprocess.Popen:
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
-    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}',
-                             *map(str, command)], env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', *map(str, command)],
+        env=env,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def runs(n: int, folder, tiny, names) -> None:
     jobs = [given(tiny, folder / name, *RUNS[name]) for name in names]
-    subprocess.run([sys.executable, 'tests/several_runs.py', str(n), json.dumps(jobs)], check=True, cwd=ROOT, timeout=200,
-                   env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True)
+    subprocess.run(
+        [sys.executable, 'tests/several_runs.py', str(n), json.dumps(jobs)],
+        check=True,
+        cwd=ROOT,
+        timeout=200,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        capture_output=True,
+    )
 
 
 def given(tiny, out, *args) -> list[str]:
@@ -56,8 +77,14 @@ def alone(tiny, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize('n, names', [(2, [*RUNS]), (3, ['fedavg', 'flexlora', 'predictions']),
-                                      (4, ['fedavg', 'hetlora', 'flora', 'validation', 'consensus', 'some'])])
+@pytest.mark.parametrize(
+    'n, names',
+    [
+        (2, [*RUNS]),
+        (3, ['fedavg', 'flexlora', 'predictions']),
+        (4, ['fedavg', 'hetlora', 'flora', 'validation', 'consensus', 'some']),
+    ],
+)
 def test_any_number_of_processes_gives_the_same_bits(tiny, alone, tmp_path, n, names):
     """One process, two, three, or more than there are users: metrics byte for byte, and every tensor."""
     runs(n, tmp_path, tiny, names)
@@ -75,8 +102,12 @@ def test_any_number_of_processes_gives_the_same_bits(tiny, alone, tmp_path, n, n
 def test_a_dead_process_ends_the_run_and_another_number_of_them_resumes_it(tiny, alone, tmp_path):
     """One of three is killed while it trains: all end within seconds, with one line; two go on to the same bits."""
     args = [arg for arg in given(tiny, tmp_path / 'run', *RUNS['fedavg']) if not arg.startswith('--rounds')]
-    whole = subprocess.run([sys.executable, 'train.py', *args, '--rounds=60', f'--out_dir={tmp_path}/whole'], cwd=ROOT,
-                           env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True)
+    whole = subprocess.run(
+        [sys.executable, 'train.py', *args, '--rounds=60', f'--out_dir={tmp_path}/whole'],
+        cwd=ROOT,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        capture_output=True,
+    )
     assert whole.returncode == 0
     running = torchrun(3, 'train.py', *args, '--rounds=60')
     until(lambda: (tmp_path / 'run' / 'metrics.jsonl').exists() and len(read_metrics(tmp_path / 'run')) > 60)
@@ -87,7 +118,7 @@ def test_a_dead_process_ends_the_run_and_another_number_of_them_resumes_it(tiny,
     _, err = running.communicate(timeout=60)
     assert time.time() - began < 30 and running.returncode != 0
     ours = [line for line in err.splitlines() if 'has lost another one' in line]
-    assert ours or 'SIGKILL' in err                          # torchrun may have ended them before they noticed
+    assert ours or 'SIGKILL' in err  # torchrun may have ended them before they noticed
     assert all('continue with --resume' in line for line in ours) and 'train.py", line' not in err
     assert not (tmp_path / 'run' / 'summary.json').exists()
     again = torchrun(2, 'train.py', *args, '--rounds=60', '--resume')
@@ -109,7 +140,7 @@ def test_bad_input_is_one_line_for_all_processes(tiny, tmp_path):
     done = torchrun(2, 'train.py', *given(tiny, tmp_path / 'x', '--n_experts=5,5'))
     _, err = done.communicate(timeout=60)
     assert done.returncode != 0 and len(re.findall('expected one value of 1 or more', err)) == 1
-    assert 'train.py", line' not in err                      # torchrun reports in its own words that its processes ended
+    assert 'train.py", line' not in err  # torchrun reports in its own words that its processes ended
     assert not (tmp_path / 'x').exists()
 
 
@@ -145,7 +176,7 @@ def test_the_mean_is_over_those_present_and_the_absent_stay_as_they_were(train, 
     states = {i: checkpoint.read(checkpoint.user_file(run.kept_in, i, r)) for i, r in run.last_round.items()}
     mean = federate.fedavg([{n: states[i][0][f'adapter/{n}'] for n in run.shared} for i in last])
     assert same(mean, run.server) and {i for i, r in run.last_round.items() if r == 6} == {*last}
-    for i, (tensors, facts) in states.items():               # a user's file is that of the last round it took part in
+    for i, (tensors, facts) in states.items():  # a user's file is that of the last round it took part in
         assert facts['expert_steps'] == 2 * sum(i in present for present in took_part(run.lines).values())
     two = train(f'--dataset={six}', '--participation=0.5', '--rounds=6', out='b')
     for i, r in two.last_round.items():
@@ -154,6 +185,7 @@ def test_the_mean_is_over_those_present_and_the_absent_stay_as_they_were(train, 
 
 def test_only_those_present_are_in_memory_and_the_others_have_a_file_or_nothing(train, six, monkeypatch):
     import lora_moe
+
     alive = []
     real = lora_moe.add_lora
     monkeypatch.setattr(lora_moe, 'add_lora', lambda *a: alive.append(1) or real(*a))
@@ -164,10 +196,22 @@ def test_only_those_present_are_in_memory_and_the_others_have_a_file_or_nothing(
     assert run.summary['user_ids'] == run.tested and len(run.summary['aggregated_test_ppl']) == 2
 
 
-@pytest.mark.parametrize('args', [[], ['--method=pcl'], ['--method=flexlora', '--lora_rank=4,6,8,4,6,8'], ['--method=flora'],
-                                  ['--method=hetlora', '--lora_rank=4,6,8,4,6,8'], ['--method=consensus'], ['--leak_gradients'],
-                                  ['--method=fedsa_lora'], ['--method=comigs_2s'], ['--aggregate=median']],
-                         ids=lambda a: ' '.join(a[:1]))
+@pytest.mark.parametrize(
+    'args',
+    [
+        [],
+        ['--method=pcl'],
+        ['--method=flexlora', '--lora_rank=4,6,8,4,6,8'],
+        ['--method=flora'],
+        ['--method=hetlora', '--lora_rank=4,6,8,4,6,8'],
+        ['--method=consensus'],
+        ['--leak_gradients'],
+        ['--method=fedsa_lora'],
+        ['--method=comigs_2s'],
+        ['--aggregate=median'],
+    ],
+    ids=lambda a: ' '.join(a[:1]),
+)
 def test_a_resumed_run_of_some_users_is_bit_identical(train, six, monkeypatch, args):
     """Killed in round 5, when some users have waited on disk for rounds and others are new."""
     args = [f'--dataset={six}', '--participation=0.5', '--rounds=7', '--consensus_start=1', '--judge_windows=4', *args]
@@ -178,8 +222,10 @@ def test_a_resumed_run_of_some_users_is_bit_identical(train, six, monkeypatch, a
         if dies.calls == 28:
             raise KeyboardInterrupt
         return get_batch(*a)
+
     dies.calls = 0
     import data.stream
+
     monkeypatch.setattr(data.stream, 'get_batch', dies)
     with pytest.raises(KeyboardInterrupt):
         train(*args, out='cut')
@@ -212,10 +258,16 @@ def test_files_of_an_unfinished_round_are_ignored_and_removed(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {'user3-2.safetensors', 'user5-1.safetensors', 'round.safetensors'}
 
 
-@pytest.mark.parametrize('args, message', [
-    (['--participation=0'], 'must be in (0, 1]'), (['--participation=1.5'], 'must be in (0, 1]'),
-    (['--test_users=9'], 'has 6 users'), (['--test_users=-1'], 'must not be negative'),
-    (['--method=fdlora', '--participation=0.5'], 'needs --participation=1')])
+@pytest.mark.parametrize(
+    'args, message',
+    [
+        (['--participation=0'], 'must be in (0, 1]'),
+        (['--participation=1.5'], 'must be in (0, 1]'),
+        (['--test_users=9'], 'has 6 users'),
+        (['--test_users=-1'], 'must not be negative'),
+        (['--method=fdlora', '--participation=0.5'], 'needs --participation=1'),
+    ],
+)
 def test_bad_participation(train, six, capsys, args, message):
     assert message in refused(capsys, train, f'--dataset={six}', *args)
 

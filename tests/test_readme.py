@@ -1,4 +1,5 @@
 """The README's own commands: they run, and the run they describe beats its pretrained base."""
+
 import json
 import re
 import runpy
@@ -9,8 +10,15 @@ import sys
 import pytest
 from conftest import ROOT
 
-COMMANDS = sorted(set(re.findall(r'^python ((?:train|eval|pretrain|reproduce|data/prepare)\.py [^#\n]*?)\s*(?:#.*)?$',
-                                 (ROOT / 'README.md').read_text(), re.M)))
+COMMANDS = sorted(
+    set(
+        re.findall(
+            r'^python ((?:train|eval|pretrain|reproduce|data/prepare)\.py [^#\n]*?)\s*(?:#.*)?$',
+            (ROOT / 'README.md').read_text(),
+            re.M,
+        )
+    )
+)
 
 
 def python(*args):
@@ -37,9 +45,10 @@ def test_every_training_command_is_accepted(command, tmp_path, monkeypatch, caps
     """Each stops only at the data that is not there: its config files, methods and switches are all known."""
     args = [a for a in shlex.split(command) if not a.startswith(('--init_from', '--dataset', '--out_dir', '--resume'))]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, 'argv', [*args, '--init_from=assets/base-tiny.safetensors', '--dataset=nowhere',
-                                      f'--out_dir={tmp_path}/x'])
-    with pytest.raises(SystemExit) as end:                   # in this process: importing torch anew takes seconds
+    monkeypatch.setattr(
+        sys, 'argv', [*args, '--init_from=assets/base-tiny.safetensors', '--dataset=nowhere', f'--out_dir={tmp_path}/x']
+    )
+    with pytest.raises(SystemExit) as end:  # in this process: importing torch anew takes seconds
         runpy.run_path('train.py', run_name='__main__')
     said = capsys.readouterr()
     if '--list_methods' in args:
@@ -63,8 +72,11 @@ def test_every_table_command_is_accepted(command):
     """Known tables, switches and seeds: it lists the runs, or stops at the data that is not there."""
     args = shlex.split(command)
     done = python(*args, *(['--dry_run'] if '--dry_run' not in args else []))
-    assert done.returncode == 0 and 'to do' in done.stdout or (
-        done.returncode == 2 and 'meta.json; run python data/prepare.py' in done.stderr), done.stderr
+    assert (
+        done.returncode == 0
+        and 'to do' in done.stdout
+        or (done.returncode == 2 and 'meta.json; run python data/prepare.py' in done.stderr)
+    ), done.stderr
 
 
 def test_files_named_in_the_readme_exist():

@@ -1,4 +1,5 @@
 """reproduce.py: which runs a table is made of, what is run again and what is not, and the tables themselves."""
+
 import fcntl
 import json
 import re
@@ -24,8 +25,9 @@ def place(tiny, tmp_path, monkeypatch):
     """A working directory with config/tiny.py and data/tiny, and two small tables."""
     switches = dict(switch[2:].split('=') for switch in TINY if 'rounds' not in switch)
     (tmp_path / 'config').mkdir()
-    (tmp_path / 'config' / 'tiny.py').write_text(f"dataset = 'tiny'\ninit_from = {str(tiny.base)!r}\nrounds = 1\n" + ''.join(
-        f'{k} = {v}\n' for k, v in switches.items()))
+    (tmp_path / 'config' / 'tiny.py').write_text(
+        f"dataset = 'tiny'\ninit_from = {str(tiny.base)!r}\nrounds = 1\n" + ''.join(f'{k} = {v}\n' for k, v in switches.items())
+    )
     shutil.copytree(tiny.data, tmp_path / 'data' / 'tiny')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(reproduce.ROWS, 'table1', [reproduce.LOCAL, reproduce.COMIGS[2]])
@@ -36,26 +38,62 @@ def place(tiny, tmp_path, monkeypatch):
 def pretend(folder: Path, ppl: list[float], valid: float = 9.0, **config) -> None:
     """A finished run as train.py leaves it, with these test perplexities of its users."""
     folder.mkdir(parents=True)
-    (folder / 'summary.json').write_text(json.dumps(
-        {'mean_test_ppl': float(np.mean(ppl)), 'test_ppl': ppl, 'mean_valid_ppl': valid, 'users': ['a', 'b'], 'rounds': 5,
-         'bytes_up': 40_000, 'bytes_down': 20_000, 'seconds': 7.2, 'trainable_params': [1000, 3000]}))
-    (folder / 'config.json').write_text(json.dumps(
-        {'rounds': 20, 'local_steps': 10, 'batch_size': 64, 'block_size': 128, 'init_from': 'gpt2', 'device': 'cpu',
-         'dtype': 'float32', 'git_commit': 'abc123', 'versions': {'torch': '2.6'}, **config}))
+    (folder / 'summary.json').write_text(
+        json.dumps(
+            {
+                'mean_test_ppl': float(np.mean(ppl)),
+                'test_ppl': ppl,
+                'mean_valid_ppl': valid,
+                'users': ['a', 'b'],
+                'rounds': 5,
+                'bytes_up': 40_000,
+                'bytes_down': 20_000,
+                'seconds': 7.2,
+                'trainable_params': [1000, 3000],
+            }
+        )
+    )
+    (folder / 'config.json').write_text(
+        json.dumps(
+            {
+                'rounds': 20,
+                'local_steps': 10,
+                'batch_size': 64,
+                'block_size': 128,
+                'init_from': 'gpt2',
+                'device': 'cpu',
+                'dtype': 'float32',
+                'git_commit': 'abc123',
+                'versions': {'torch': '2.6'},
+                **config,
+            }
+        )
+    )
     (folder / 'machine.txt').write_text('a machine')
 
 
 @pytest.fixture
 def agnews(tmp_path, monkeypatch):
     """agnews(tokenizer) prepares a working directory with nothing but AG News' config and meta.json, and returns the setup."""
+
     def make(tokenizer: str = 'gpt2', dataset: str = 'agnews') -> dict:
         monkeypatch.chdir(tmp_path)
-        for file, text in ((f'data/{dataset}/meta.json', json.dumps({'tokenizer': tokenizer, 'users': [
-                {'name': n, 'tokens': {'train': 3000, 'valid': 200, 'test': 100}} for n in 'ab']})),
-                           ('config/agnews.py', "dataset = 'agnews'\nrounds = 20\n")):
+        for file, text in (
+            (
+                f'data/{dataset}/meta.json',
+                json.dumps(
+                    {
+                        'tokenizer': tokenizer,
+                        'users': [{'name': n, 'tokens': {'train': 3000, 'valid': 200, 'test': 100}} for n in 'ab'],
+                    }
+                ),
+            ),
+            ('config/agnews.py', "dataset = 'agnews'\nrounds = 20\n"),
+        ):
             Path(file).parent.mkdir(parents=True, exist_ok=True)
             Path(file).write_text(text)
         return reproduce.setup_of(dataset, SEEDS, {})
+
     monkeypatch.setattr(subprocess, 'Popen', lambda *args, **kwargs: pytest.fail('nothing should have been run'))
     return make
 
@@ -64,7 +102,7 @@ def pretend_table(table: str, setup: dict, **config) -> None:
     """Finished runs for all rows: row r, seed s has the perplexities 30 + r + s and 32 + r + s."""
     for r, row in enumerate(reproduce.rows_of(table, setup['name'], setup['seeds'])):
         for run in reproduce.plan(row, setup)['all']:
-            pretend(run['folder'], [30. + r + run['seed'], 32. + r + run['seed']], **config)
+            pretend(run['folder'], [30.0 + r + run['seed'], 32.0 + r + run['seed']], **config)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -79,14 +117,23 @@ def test_a_table_has_mean_deviation_paper_and_difference(agnews, capsys):
     pretend_table('table1', agnews())
     reproduce.main(['table1', '--dataset=agnews', '--seeds=1,2,3'])
     text, (_, rows) = Path('results/table1-agnews.md').read_text(), table_of('results/table1-agnews.md')
-    assert text.startswith('# Table 1 on agnews\n') and len(rows) == 11             # the paper's own setting: nothing to say
+    assert text.startswith('# Table 1 on agnews\n') and len(rows) == 11  # the paper's own setting: nothing to say
     assert 'Command: `python reproduce.py table1 --dataset=agnews --seeds=1,2,3`' in text
     assert all(fact in text for fact in ('Seeds: 1, 2, 3.', 'abc123', 'a machine', 'torch 2.6', 'a 3,000 / 200 / 100'))
     # row 2 is Local: users 33 and 35 with seed 1, so means 34, 35, 36; paper 41.50 (.05)
-    assert rows['Local'] == {'row': 'Local', 'test ppl': '35.000 ± 1.000', 'paper': '41.50 ± 0.05', 'difference': '-6.50',
-                             'a': '34.000', 'b': '36.000', 'seconds': '7', 'kB up': '4.0', 'kB down': '2.0',
-                             'trainable': '1,000 to 3,000'}
-    assert rows['Pretrained']['test ppl'] == '32.000 ± -' and rows['Pretrained']['paper'] == '90.65'      # one seed
+    assert rows['Local'] == {
+        'row': 'Local',
+        'test ppl': '35.000 ± 1.000',
+        'paper': '41.50 ± 0.05',
+        'difference': '-6.50',
+        'a': '34.000',
+        'b': '36.000',
+        'seconds': '7',
+        'kB up': '4.0',
+        'kB down': '2.0',
+        'trainable': '1,000 to 3,000',
+    }
+    assert rows['Pretrained']['test ppl'] == '32.000 ± -' and rows['Pretrained']['paper'] == '90.65'  # one seed
     assert rows['FFA-LoRA, rank 32']['paper'] == rows['FFA-LoRA, rank 32']['difference'] == '-'
     data = json.loads(Path('results/table1-agnews.json').read_text())
     local = data['rows'][2]
@@ -102,11 +149,13 @@ def test_a_scaled_down_table_says_so_and_how(agnews):
     pretend_table('table4', setup, rounds=5, batch_size=4, init_from='assets/base-tiny.safetensors')
     reproduce.main(['table4', '--dataset=agnews-bytes', '--seeds=1,2,3', '--rounds=5', '--target=mixture'])
     title = Path('results/table4-agnews-bytes.md').read_text().splitlines()[0]
-    assert title == ('# Table 4 on agnews-bytes, scaled down: rounds 5 (paper: 20), '
-                     'batch 4 x 128 tokens (paper: 64 x 128 tokens), base assets/base-tiny.safetensors (paper: gpt2), '
-                     'tokenizer bytes (paper: gpt2), target mixture')
+    assert title == (
+        '# Table 4 on agnews-bytes, scaled down: rounds 5 (paper: 20), '
+        'batch 4 x 128 tokens (paper: 64 x 128 tokens), base assets/base-tiny.safetensors (paper: gpt2), '
+        'tokenizer bytes (paper: gpt2), target mixture'
+    )
     row = table_of('results/table4-agnews-bytes.md')[1]['CoMiGS-1G1S']
-    assert row['paper'] == '33.53 ± 0.03' and row['difference'] == '-'      # per byte and per token: no difference to take
+    assert row['paper'] == '33.53 ± 0.03' and row['difference'] == '-'  # per byte and per token: no difference to take
 
 
 def test_figure_9_is_a_grid_of_one_seed(agnews):
@@ -115,7 +164,7 @@ def test_figure_9_is_a_grid_of_one_seed(agnews):
     reproduce.main(['fig9', '--dataset=agnews'])
     header, rows = table_of('results/fig9-agnews.md')
     assert header[1:] == ['1', '5', '10', '20'] and [*rows] == ['10', '30', '50', '100']
-    assert rows['30']['10'] == '79.000'                                     # row 6: 30 + 6 + 42 and 2 more
+    assert rows['30']['10'] == '79.000'  # row 6: 30 + 6 + 42 and 2 more
 
 
 @pytest.mark.parametrize('best', reproduce.PRUNE_COEFS)
@@ -127,20 +176,22 @@ def test_hetlora_takes_the_coefficient_that_validation_prefers(best, agnews):
     assert [run['seed'] for run in first['all']] == [1, 1, 1] and first['unknown'] == 2 and not first['runs']
     for coef, run in zip(reproduce.PRUNE_COEFS, first['all']):
         assert f'--prune_coef={coef}' in run['args']
-        pretend(run['folder'], [40., 40.] if coef == best else [20., 20.], valid=5. if coef == best else 6.)
+        pretend(run['folder'], [40.0, 40.0] if coef == best else [20.0, 20.0], valid=5.0 if coef == best else 6.0)
     then = reproduce.plan(row, setup)
     assert [run['seed'] for run in then['runs']] == SEEDS and then['unknown'] == 0 and len(then['all']) == 6
     assert all(f'--prune_coef={best}' in run['args'] for run in then['runs'])
     for run in then['runs'][1:]:
-        pretend(run['folder'], [40., 40.])
+        pretend(run['folder'], [40.0, 40.0])
     record = reproduce.record(row, setup)
     assert record['mean'] == 40 and f'prune_coef {best}' in record['label'] and len(record['valid_ppl_by_prune_coef']) == 3
 
 
 # ---- rows and folders ------------------------------------------------------------------------------------------------
 def folders(table: str, setup: dict) -> dict:
-    return {row['label']: [run['folder'] for run in reproduce.plan(row, setup)['all']]
-            for row in reproduce.rows_of(table, setup['name'], SEEDS)}
+    return {
+        row['label']: [run['folder'] for run in reproduce.plan(row, setup)['all']]
+        for row in reproduce.rows_of(table, setup['name'], SEEDS)
+    }
 
 
 def test_equal_rows_of_different_tables_share_their_runs(agnews):
@@ -150,7 +201,7 @@ def test_equal_rows_of_different_tables_share_their_runs(agnews):
     assert t1['CoMiGS-1G1S'] == t4['CoMiGS-1G1S'] == t5['CoMiGS-1G1S, load balancing generalist'] == related['CoMiGS-1G1S']
     assert t1['CoMiGS-1G1S'] == grid['router_every 30, router_steps 10']
     assert t2['CoMiGS-1GXS 2,4,4,4'] == t5['CoMiGS-1GXS 2,4,4,4, load balancing generalist']
-    for table in (t1, t2, t4, t5, grid, related):           # and within a table every row has its own
+    for table in (t1, t2, t4, t5, grid, related):  # and within a table every row has its own
         assert len({tuple(f) for f in table.values()}) == len(table)
 
 
@@ -159,6 +210,7 @@ def test_a_folder_is_found_by_all_that_shapes_the_numbers(agnews):
 
     def folder(seed=1, switches=switches, extra=()):
         return reproduce.run_of(switches, seed, reproduce.setup_of('agnews', SEEDS, dict(extra)))['folder']
+
     same, others = folder(), [folder(2), folder(1, {**switches, 'top_k': '1'}), folder(extra=[('rounds', '5')])]
     assert folder(extra=[('a', '1'), ('b', '2')]) == folder(extra=[('b', '2'), ('a', '1')])
     Path('config/agnews.py').write_text('rounds = 21\n')
@@ -175,14 +227,24 @@ def test_every_row_runs(train, tmp_path):
     data = write_dataset(tmp_path / 'four', [user_streams(i, 300) for i in range(4)])
     rows = [row['switches'] for table in reproduce.TITLES for row in reproduce.rows_of(table, 'agnews', SEEDS)]
     for i, switches in enumerate({json.dumps(row): row for row in rows}.values()):
-        run = train('--rounds=1', '--local_steps=1', '--judge_windows=2', f'--dataset={data}',
-                    *(f'--{k}={v}' for k, v in switches.items()), out=str(i))
+        run = train(
+            '--rounds=1',
+            '--local_steps=1',
+            '--judge_windows=2',
+            f'--dataset={data}',
+            *(f'--{k}={v}' for k, v in switches.items()),
+            out=str(i),
+        )
         assert len(run.summary['test_ppl']) == 4, switches
 
 
 def test_paper_values_are_read_by_data_set():
-    rows = {(table, name, row['label']): row['paper'] for table in reproduce.TITLES for name in (*reproduce.SETS, 'demo')
-            for row in reproduce.rows_of(table, name, SEEDS)}
+    rows = {
+        (table, name, row['label']): row['paper']
+        for table in reproduce.TITLES
+        for name in (*reproduce.SETS, 'demo')
+        for row in reproduce.rows_of(table, name, SEEDS)
+    }
     assert rows['table1', 'multilingual', 'CoMiGS-1G1S'] == (47.19, 0.10)
     assert rows['table1', 'demo', 'CoMiGS-1G1S'] == (None, None)
     assert rows['table4', 'agnews', '(iii) Local-MoE-tr'] == (None, None)
@@ -197,9 +259,13 @@ def test_a_sweep_runs_what_is_missing_and_nothing_twice(place, capfd):
     command = ['table1,table4', '--dataset=tiny', '--seeds=1,2', '--jobs=2', '--device=cpu']
     reproduce.main(command)
     out = capfd.readouterr().out
-    assert len(re.findall(r'^\[\d/4\] .* seed \d: test perplexity', out, re.M)) == 4        # 1G1S once for both tables
+    assert len(re.findall(r'^\[\d/4\] .* seed \d: test perplexity', out, re.M)) == 4  # 1G1S once for both tables
     assert sorted(f.name for f in Path('results').iterdir()) == [
-        'table1-tiny.json', 'table1-tiny.md', 'table4-tiny.json', 'table4-tiny.md']
+        'table1-tiny.json',
+        'table1-tiny.md',
+        'table4-tiny.json',
+        'table4-tiny.md',
+    ]
     title, rows = Path('results/table1-tiny.md').read_text().splitlines()[0], table_of('results/table1-tiny.md')[1]
     assert title.startswith('# Table 1 on tiny, not a data set of the paper, scaled down: rounds 1 (paper: 20), ')
     assert rows['Local']['kB up'] == '0.0' != rows['CoMiGS-1G1S']['kB up'] and rows['Local']['paper'] == '-'
@@ -210,7 +276,7 @@ def test_a_sweep_runs_what_is_missing_and_nothing_twice(place, capfd):
         assert 'OMP_NUM_THREADS=' in (file.parent / 'machine.txt').read_text()
     times, numbers = {f: f.stat().st_mtime_ns for f in place.glob('out/reproduce/tiny/*/*')}, rows['Local']['test ppl']
 
-    reproduce.main(command)                                 # all is there
+    reproduce.main(command)  # all is there
     assert {f: f.stat().st_mtime_ns for f in place.glob('out/reproduce/tiny/*/*')} == times
     assert '[1/' not in capfd.readouterr().out
 
@@ -218,15 +284,23 @@ def test_a_sweep_runs_what_is_missing_and_nothing_twice(place, capfd):
     lost.unlink()
     reproduce.main(['table1', *command[1:], '--dry_run'])
     assert f'begun    {lost.parent.relative_to(place)}\n' in capfd.readouterr().out
-    reproduce.main(command)                                 # its checkpoint is still there: one evaluation, no step
+    reproduce.main(command)  # its checkpoint is still there: one evaluation, no step
     assert capfd.readouterr().out.startswith('[1/1] local seed 2')
     changed = {f.parent for f, t in times.items() if f.stat().st_mtime_ns != t}
     assert changed == {lost.parent} and table_of('results/table1-tiny.md')[1]['Local']['test ppl'] == numbers
 
 
 def test_ctrl_c_ends_the_runs_and_the_same_command_goes_on(place):
-    command = [sys.executable, str(ROOT / 'reproduce.py'), 'table4', '--dataset=tiny', '--seeds=1', '--jobs=1', '--device=cpu',
-               '--rounds=500']
+    command = [
+        sys.executable,
+        str(ROOT / 'reproduce.py'),
+        'table4',
+        '--dataset=tiny',
+        '--seeds=1',
+        '--jobs=1',
+        '--device=cpu',
+        '--rounds=500',
+    ]
 
     def stopped(sign: int, round: int) -> str:
         """The command, stopped in this round of its first run: what it says."""
@@ -237,17 +311,18 @@ def test_ctrl_c_ends_the_runs_and_the_same_command_goes_on(place):
         process.send_signal(sign)
         assert process.wait(60) == 130
         return process.stderr.read()
+
     said = 'reproduce.py: interrupted; the same command continues where it stopped\n'
     assert stopped(signal.SIGINT, 5) == said
-    folder, = place.glob('out/reproduce/tiny/*/')
+    (folder,) = place.glob('out/reproduce/tiny/*/')
     begun = (folder / 'config.json').stat().st_mtime_ns
     assert not (folder / 'summary.json').exists()
     with open(folder.parent / '.lock') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # free: no run is left behind
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free: no run is left behind
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 2 and 'another sweep of tiny' in done.stderr and done.stderr.count('\n') == 1
     metrics = [*map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())]
-    assert stopped(signal.SIGTERM, metrics[-1]['round'] + 5) == said                # as `timeout` does
+    assert stopped(signal.SIGTERM, metrics[-1]['round'] + 5) == said  # as `timeout` does
     assert [*place.glob('out/reproduce/tiny/*/')] == [folder] and (folder / 'config.json').stat().st_mtime_ns == begun
 
 
@@ -267,37 +342,41 @@ def test_every_gpu_gets_runs_of_its_own(tmp_path, monkeypatch):
 
 
 def test_a_run_that_fails_is_named_in_one_line(place, capfd):
-    with pytest.raises(SystemExit) as end:                  # train.py refuses: nothing is left of it
+    with pytest.raises(SystemExit) as end:  # train.py refuses: nothing is left of it
         reproduce.main(['table1', '--dataset=tiny', '--seeds=1', '--device=cpu', '--roundz=3'])
     out, err = capfd.readouterr()
     assert end.value.code == 2 and err.count('\n') == 1 and 'did you mean --rounds?' in err and ' seed 1: train.py' in err
     assert not [*place.glob('out/reproduce/tiny/*/')]
-    with pytest.raises(SystemExit) as end:                  # it breaks: its log stays, and is named
+    with pytest.raises(SystemExit) as end:  # it breaks: its log stays, and is named
         reproduce.main(['table1', '--dataset=tiny', '--seeds=1', '--device=cpu', '--expert_lr=1e30', '--local_steps=40'])
     assert 'the training loss is' in end.value.code and 'log.txt' in end.value.code and '\n' not in end.value.code
     assert not Path('results').exists()
 
 
-@pytest.mark.parametrize('argv, says', [
-    (['table3'], "unknown table 'table3'; known: table1"),
-    (['table1,'], "unknown table ''"),
-    ([], 'tables'),
-    (['table1', '--dataset=nowhere'], 'no config/nowhere.py'),
-    (['table1', '--dataset=../tiny'], 'no config/../tiny.py'),
-    (['table1', '--dataset=tiny-bytes'], 'run python data/prepare.py tiny --tokenizer=bytes --name=tiny-bytes'),
-    (['table1', '--dataset=tiny-small'], 'run python data/prepare.py tiny --name=tiny-small'),
-    (['table1', '--seeds=1,x'], '--seeds=1,x'),
-    (['table1', '--seeds=1,1'], '--seeds=1,1'),
-    (['table1', '--seeds=-1'], '--seeds=-1'),
-    (['table1', '--jobs=-2'], '--jobs=-2'),
-    (['table1', '--jobs=two'], '--jobs=two'),
-    (['table1', '--rounds', '5'], "'5' is no switch"),
-    (['table1', '--method=local'], '--method cannot be passed on'),
-    (['table1', '--seed=3'], '--seeds=42,45'),
-    (['fig9', '--router_every=3'], '--router_every cannot be passed on: rows')])
+@pytest.mark.parametrize(
+    'argv, says',
+    [
+        (['table3'], "unknown table 'table3'; known: table1"),
+        (['table1,'], "unknown table ''"),
+        ([], 'tables'),
+        (['table1', '--dataset=nowhere'], 'no config/nowhere.py'),
+        (['table1', '--dataset=../tiny'], 'no config/../tiny.py'),
+        (['table1', '--dataset=tiny-bytes'], 'run python data/prepare.py tiny --tokenizer=bytes --name=tiny-bytes'),
+        (['table1', '--dataset=tiny-small'], 'run python data/prepare.py tiny --name=tiny-small'),
+        (['table1', '--seeds=1,x'], '--seeds=1,x'),
+        (['table1', '--seeds=1,1'], '--seeds=1,1'),
+        (['table1', '--seeds=-1'], '--seeds=-1'),
+        (['table1', '--jobs=-2'], '--jobs=-2'),
+        (['table1', '--jobs=two'], '--jobs=two'),
+        (['table1', '--rounds', '5'], "'5' is no switch"),
+        (['table1', '--method=local'], '--method cannot be passed on'),
+        (['table1', '--seed=3'], '--seeds=42,45'),
+        (['fig9', '--router_every=3'], '--router_every cannot be passed on: rows'),
+    ],
+)
 def test_bad_input_is_one_line(argv, says, place, capsys):
     with pytest.raises(SystemExit) as end:
-        reproduce.main(['--dataset=tiny', *argv])            # a later --dataset wins
+        reproduce.main(['--dataset=tiny', *argv])  # a later --dataset wins
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.count('\n') == 1 and says in err
     assert not Path('out').exists()

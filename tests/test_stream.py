@@ -1,4 +1,5 @@
 """data/stream.py: a data set is checked whole before any work, and read a user at a time."""
+
 import json
 import tracemalloc
 
@@ -27,8 +28,9 @@ def test_a_user_at_a_time_is_what_was_written(tmp_path):
 
 def test_mixture_is_every_users_share(tmp_path):
     """User i's valid stream is piece i of N of everybody's: no token is in two users', and train stays its own."""
-    written = [{split: np.arange(100 * i, 100 * i + n) for split, n in (('train', 40), ('valid', 62), ('test', 90))}
-               for i in range(3)]
+    written = [
+        {split: np.arange(100 * i, 100 * i + n) for split, n in (('train', 40), ('valid', 62), ('test', 90))} for i in range(3)
+    ]
     meta, streams = load_dataset(write_dataset(tmp_path / 'data', written, vocab_size=300), 16, 300, 'mixture')
     assert streams[1]['valid'].tolist() == [100 * j + 20 + k for j in range(3) for k in range(20)]  # 62 // 3 tokens of each
     assert streams[1]['train'].tolist() == written[1]['train'].tolist()
@@ -67,9 +69,14 @@ def test_whatever_is_wrong_is_found_before_any_work(case, tmp_path):
         load_user(folder, meta, 3)
 
 
-@pytest.mark.parametrize('block_size, vocab_size, words', [
-    (150, 257, 'user 0 has 150 test tokens, but a window of block_size 150 needs 151'), (16, 256, 'vocabulary of 257'),
-    (16, 257 + 128, 'vocabulary of 257')])
+@pytest.mark.parametrize(
+    'block_size, vocab_size, words',
+    [
+        (150, 257, 'user 0 has 150 test tokens, but a window of block_size 150 needs 151'),
+        (16, 256, 'vocabulary of 257'),
+        (16, 257 + 128, 'vocabulary of 257'),
+    ],
+)
 def test_what_the_base_needs(block_size, vocab_size, words, tmp_path):
     folder = write_dataset(tmp_path / 'data', [user_streams(0, 300)])
     check_dataset(folder, 149, 257 + 127)
@@ -79,6 +86,7 @@ def test_what_the_base_needs(block_size, vocab_size, words, tmp_path):
 
 def test_memory_of_checking_does_not_grow_with_the_users(tmp_path):
     """Beyond meta.json: one user's 60 kB at a time, not 40 of them."""
+
     def peak(n_users):
         folder = write_dataset(tmp_path / str(n_users), [user_streams(i % 20, 30_000) for i in range(n_users)])
         tracemalloc.start()
@@ -86,6 +94,7 @@ def test_memory_of_checking_does_not_grow_with_the_users(tmp_path):
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak
+
     few, many = peak(2), peak(40)
     assert 60_000 < few < many < few + 38 * 6_000  # meta.json: about 3 kB a user, and its text
 

@@ -1,4 +1,5 @@
 """train.py: Algorithm 1, its invariants (METHOD 1.8) and the files of a run, on a tiny base and three users."""
+
 import json
 import math
 import subprocess
@@ -38,7 +39,7 @@ def test_every_method_runs_and_reports(train, method):
     if method == 'pretrained':
         assert s['test_ppl'] == s['pretrained_test_ppl'] and s['rounds'] == 0 and s['bytes_up'] == 0
     else:
-        assert all(a < b for a, b in zip(s['test_ppl'], s['pretrained_test_ppl']))     # six steps already help
+        assert all(a < b for a, b in zip(s['test_ppl'], s['pretrained_test_ppl']))  # six steps already help
     shares = method not in ('pretrained', 'local', 'comigs_2s')
     assert (s['shared_params'] > 0) == shares and s['bytes_up'] == 4 * s['shared_params'] * 3 * s['rounds']
     assert (s['aggregated_test_ppl'] is not None) == shares
@@ -47,7 +48,7 @@ def test_every_method_runs_and_reports(train, method):
 def test_experts_per_user(train):
     run = train('--method=comigs_1gxs', '--n_experts=4,1,2')
     assert [len(u.model.h[0].mlp.specialists) for u in run.users] == [3, 0, 1]
-    assert run.users[1].router_opt is None                                             # invariant 10
+    assert run.users[1].router_opt is None  # invariant 10
     assert {line['user'] for line in run.lines if line['kind'] == 'router'} == {0, 2}
     assert len(set(run.summary['trainable_params'])) == 3
 
@@ -63,7 +64,7 @@ def test_the_two_levels_never_mix(train):
         step = optimizer.step
         optimizer.step = lambda: (seen.append({n for n, p in user.adapter.items() if p.grad is not None}), step())
         for p in user.adapter.values():
-            p.grad = torch.ones_like(p)                  # what a careless phase before this one would have left behind
+            p.grad = torch.ones_like(p)  # what a careless phase before this one would have left behind
         before = snapshot(user)
         run.descend(user, optimizer, user.data[split], (1, 2, 3, 4))
         assert seen == [moved]
@@ -169,8 +170,9 @@ def test_a_single_user_has_nobody_to_share_with(train, tmp_path, monkeypatch):
     real = lora_moe.initial
 
     def by_number(name, shape, *key):
-        one = name.replace('specialists.0', 'specialists.1').replace('generalists.0', 'specialists.0')     # as 2S names them
+        one = name.replace('specialists.0', 'specialists.1').replace('generalists.0', 'specialists.0')  # as 2S names them
         return real(name if by_number.two else one, shape, 'same for all')
+
     folder = write_dataset(tmp_path / 'one', [user_streams(0, 300)])
     monkeypatch.setattr(lora_moe, 'initial', by_number)
     runs = []
@@ -188,7 +190,7 @@ def test_the_base_never_changes_and_exists_once(train, tiny):
     assert all(torch.equal(p, original[name]) and p.grad is None for name, p in run.base.named_parameters())
     storages = [{p.data_ptr() for name, p in u.model.named_parameters() if name not in u.role} for u in run.users]
     assert storages[0] == storages[1] == storages[2] == {p.data_ptr() for p in run.base.parameters()}
-    for user in run.users:      # a user's memory: LoRA and routers, and two Adam moments for each
+    for user in run.users:  # a user's memory: LoRA and routers, and two Adam moments for each
         state = [*user.expert_opt.state.values(), *user.router_opt.state.values()]
         moments = sum(s['exp_avg'].numel() + s['exp_avg_sq'].numel() for s in state)
         assert moments == 2 * sum(p.numel() for p in user.adapter.values())
@@ -215,8 +217,10 @@ def test_a_users_batches_do_not_depend_on_the_other_users(train, tmp_path):
 
 def test_accumulation_over_micro_batches(train):
     """4 windows at once, or 1 at a time, or 3 and 1: the same gradients up to rounding (n = 2: load balancing is constant)."""
-    losses = [[line['loss'] for line in train(f'--micro_batch_size={m}', out=f'm{m}').lines if line['kind'] == 'train']
-              for m in (4, 1, 3)]
+    losses = [
+        [line['loss'] for line in train(f'--micro_batch_size={m}', out=f'm{m}').lines if line['kind'] == 'train']
+        for m in (4, 1, 3)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0] == pytest.approx(losses[2], rel=1e-3)
 
 
@@ -225,7 +229,7 @@ def test_mixture_target(train):
     own, mixed = train('--rounds=1', out='own'), train('--rounds=1', '--target=mixture', out='mixed')
     for i, user in enumerate(mixed.users):
         assert np.array_equal(user.data['train'], own.users[i].data['train'])
-        pieces = [own.users[j].data['test'][i * 50:(i + 1) * 50] for j in range(3)]
+        pieces = [own.users[j].data['test'][i * 50 : (i + 1) * 50] for j in range(3)]
         assert np.array_equal(user.data['test'], np.concatenate(pieces))
 
 
@@ -263,8 +267,10 @@ def test_resume_is_bit_identical(train, monkeypatch, args):
         if dies.calls == 17:
             raise KeyboardInterrupt
         return get_batch(tokens, batch_size, block_size, key)
+
     dies.calls = 0
     import data.stream
+
     monkeypatch.setattr(data.stream, 'get_batch', dies)
     with pytest.raises(KeyboardInterrupt):
         train(*args, '--rounds=4', out='cut')
@@ -303,28 +309,31 @@ def refused(capsys, run, *args) -> str:
     return err
 
 
-@pytest.mark.parametrize('args, message', [
-    (['--method=comigs_1g1'], 'unknown method comigs_1g1; did you mean comigs_1g1s'),
-    (['--n_expert=2'], 'unknown switch --n_expert; did you mean --n_experts'),
-    (['--n_experts=4,2'], 'expected one value of 1 or more, or 3 of them'),
-    (['--n_experts=0'], 'expected one value of 1 or more'),
-    (['--n_experts=1,2,2', '--n_generalists=2'], 'user 0 has n_experts=1, fewer than n_generalists=2'),
-    (['--rounds=many'], "expected int"),
-    (['--router_data=test'], 'expected one of valid, train, joint'),
-    (['--batch_size=0'], 'greater than 0'),
-    (['--seed=-1'], 'must not be negative'),
-    (['--block_size=64'], 'has only 32 positions'),
-    (['--block_size=1000'], 'needs 1001'),
-    (['--dataset=nowhere'], 'no data set at'),
-    (['--init_from=nowhere'], 'no base model at'),
-    (['--init_from=README.md'], 'cannot be read as model weights'),
-    (['--device=tpu9'], 'device'),
-    (['--aggregate=none'], 'shares no tensors'),
-    (['--lora_rank=4,8,8'], '--lora_rank must be the same'),
-    (['--resume'], 'has no checkpoint'),
-    (['notes.txt'], 'neither a config file'),
-    (['config/nothing.py'], 'cannot read the config file'),
-])
+@pytest.mark.parametrize(
+    'args, message',
+    [
+        (['--method=comigs_1g1'], 'unknown method comigs_1g1; did you mean comigs_1g1s'),
+        (['--n_expert=2'], 'unknown switch --n_expert; did you mean --n_experts'),
+        (['--n_experts=4,2'], 'expected one value of 1 or more, or 3 of them'),
+        (['--n_experts=0'], 'expected one value of 1 or more'),
+        (['--n_experts=1,2,2', '--n_generalists=2'], 'user 0 has n_experts=1, fewer than n_generalists=2'),
+        (['--rounds=many'], 'expected int'),
+        (['--router_data=test'], 'expected one of valid, train, joint'),
+        (['--batch_size=0'], 'greater than 0'),
+        (['--seed=-1'], 'must not be negative'),
+        (['--block_size=64'], 'has only 32 positions'),
+        (['--block_size=1000'], 'needs 1001'),
+        (['--dataset=nowhere'], 'no data set at'),
+        (['--init_from=nowhere'], 'no base model at'),
+        (['--init_from=README.md'], 'cannot be read as model weights'),
+        (['--device=tpu9'], 'device'),
+        (['--aggregate=none'], 'shares no tensors'),
+        (['--lora_rank=4,8,8'], '--lora_rank must be the same'),
+        (['--resume'], 'has no checkpoint'),
+        (['notes.txt'], 'neither a config file'),
+        (['config/nothing.py'], 'cannot read the config file'),
+    ],
+)
 def test_bad_switches(train, tmp_path, capsys, monkeypatch, args, message):
     monkeypatch.chdir(ROOT)
     err = refused(capsys, train, *args)
@@ -350,10 +359,17 @@ def corrupt(folder, kind):
         (folder / 'meta.json').write_text('{')
 
 
-@pytest.mark.parametrize('kind, message', [
-    ('truncated', 'user1_train.bin has 997 bytes, but meta.json says 500 tokens'), ('missing', 'user2_valid.bin is missing'),
-    ('altered', 'user0_test.bin is not the file'), ('vocabulary', 'token 300, outside the vocabulary of 257'),
-    ('tokenizer', 'vocabulary of 50257'), ('meta', 'meta.json cannot be read')])
+@pytest.mark.parametrize(
+    'kind, message',
+    [
+        ('truncated', 'user1_train.bin has 997 bytes, but meta.json says 500 tokens'),
+        ('missing', 'user2_valid.bin is missing'),
+        ('altered', 'user0_test.bin is not the file'),
+        ('vocabulary', 'token 300, outside the vocabulary of 257'),
+        ('tokenizer', 'vocabulary of 50257'),
+        ('meta', 'meta.json cannot be read'),
+    ],
+)
 def test_bad_data(train, tmp_path, capsys, kind, message):
     folder = write_dataset(tmp_path / 'bad', [user_streams(i, n) for i, n in enumerate((300, 500, 900))])
     corrupt(folder, kind)
@@ -376,8 +392,10 @@ def test_a_run_is_never_overwritten_by_accident(train, tmp_path, capsys):
 
 def test_bad_input_from_the_shell(tiny, tmp_path):
     """As a person meets it: one line on stderr, exit code 2, no traceback, and no heavy optional import on the way."""
-    code = 'import runpy, sys; sys.argv[0] = "train.py"\ntry: runpy.run_path("train.py", run_name="__main__")\n' \
-           'finally: assert not {"datasets", "matplotlib", "transformers"} & set(sys.modules)'
+    code = (
+        'import runpy, sys; sys.argv[0] = "train.py"\ntry: runpy.run_path("train.py", run_name="__main__")\n'
+        'finally: assert not {"datasets", "matplotlib", "transformers"} & set(sys.modules)'
+    )
     no_data = [f'--init_from={tiny.base}', f'--dataset={tiny.folder}']
     for args, message in ((['--rounds=x'], 'expected int'), (no_data, 'no data set')):
         command = [sys.executable, '-c', code, *args, f'--out_dir={tmp_path}/x']
@@ -399,6 +417,7 @@ def test_the_metrics_file_grows_as_it_happens(train, tmp_path, monkeypatch):
         if (tmp_path / 'run' / 'metrics.jsonl').read_text().count('"train"') == 4:
             raise KeyboardInterrupt
         return get_batch(*args)
+
     monkeypatch.setattr(data.stream, 'get_batch', dies)
     with pytest.raises(KeyboardInterrupt):
         train()
