@@ -416,22 +416,13 @@ def cosine(step: int) -> float:
 
 
 def test_perplexity(user: SimpleNamespace, model: GPT, when: str, **at: int) -> None:
-    """Logs a model's perplexity on the whole test split of the user (of everybody, if pooled), which nothing else reads."""
+    """Logs a model's perplexity on the whole test split of the user (of everybody, if pooled), which nothing else reads, and
+    the mean score of every expert in every layer (L, E) there, if it has routers."""
     for i, tokens in user.tests:
         with autocast:
             result = evaluate(model, tokens, block_size)
-        log(
-            'eval',
-            **{
-                'step': user.expert_steps,
-                'user': i,
-                'split': 'test',
-                'when': when,
-                'loss': result['loss'],
-                'ppl': result['ppl'],
-                **at,
-            },
-        )
+        seen = {key: result[key] for key in ('loss', 'ppl', 'scores') if result[key] is not None}
+        log('eval', **{'step': user.expert_steps, 'user': i, 'split': 'test', 'when': when, **seen, **at})
 
 
 def of_all(when: str) -> list[float | None]:

@@ -246,6 +246,10 @@ def test_metrics_and_adapters(train):
     assert len(comm) == 3 * 3 and {line['bytes_up'] for line in comm} == {run.summary['shared_params'] * 4}
     final = [line['ppl'] for line in run.lines if line['kind'] == 'eval' and line['when'] == 'local' and line['round'] == 3]
     assert final == run.summary['test_ppl']
+    for line in run.lines:
+        if line['kind'] == 'eval' and line['when'] == 'local' and line['split'] == 'test':  # (L, E), a row sums to 1
+            E = (2, 4, 2)[line['user']]
+            assert all(len(layer) == E and sum(layer) == pytest.approx(1) for layer in line['scores'])
     with safe_open(run.out / 'adapters/user1.safetensors', 'pt') as f:
         assert set(f.keys()) == set(run.users[1].adapter)
         facts = f.metadata()
