@@ -1,45 +1,80 @@
 """The state of a run on disk: one file for every user that ever took part, and one for the round.
 
-    RUN/checkpoint/round.safetensors          the last finished round t: the server's tensors, and facts
-    RUN/checkpoint/user{i}-{t}.safetensors    user i at the end of round t, the last that it took part in
+    RUN/checkpoint/round-{t}.safetensors      a finished round t: the server's tensors, and facts
+    RUN/checkpoint/user{i}-{t}.safetensors    user i at the end of round t, of the last that it took part in
 
 A user that does not train exists as its file only, so a run needs memory for the users of one round, however many there are.
-A round is finished once `round.safetensors` has been replaced. Users' files of that round are written before, and the files
-that they supersede deleted after it, so whenever a process dies there is one complete round to continue from."""
+A round is finished once `round-{t}.safetensors` is there: users' files of that round are written before it. Files that neither
+this round nor the one before needs are deleted after it. So whenever a process dies there is a complete round to continue
+from, and should one of its files be damaged later, the round before it too.
 
+Every file holds its own SHA-256, and what differs from it by a bit is refused: safetensors alone would take a flipped bit of
+a tensor for a number."""
+
+import hashlib
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load
+from safetensors.torch import save as to_bytes
 
 
 def write_atomically(file: Path, write) -> None:
-    """The file appears complete or not at all, whenever the process or the machine dies. write(path) makes it."""
+    """The file appears complete or not at all, whenever the process or the machine dies. write(path) makes it. Ends the
+    process with one line if it cannot be written: the disk is full, or the folder is not ours."""
     partial = file.with_name(file.name + '.partial')
-    write(partial)
-    with open(partial, 'rb+') as f:
-        os.fsync(f.fileno())
-    os.replace(partial, file)
+    try:
+        write(partial)
+        with open(partial, 'rb+') as f:
+            os.fsync(f.fileno())
+        os.replace(partial, file)
+        folder = os.open(file.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name, too, survives a power cut
+        os.close(folder)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        cannot_write(file, error)
 
 
-def save(file: Path, tensors: dict[str, torch.Tensor], facts: dict) -> None:
-    """Tensors and facts (numbers and strings) as one .safetensors file."""
+def cannot_write(file: Path, error: OSError) -> None:
+    sys.exit(f'cannot write {file} ({error.strerror}): the last finished round is kept; make room, then continue with --resume')
+
+
+def save(file: Path, tensors: dict[str, torch.Tensor], facts: dict, **metadata: str) -> None:
+    """Tensors and facts (numbers and strings) as one .safetensors file. In its metadata, beside what else is given: `facts` in
+    JSON, and `sha256`, of the whole file with 64 zeros in this place."""
     tensors = {name: v.detach().cpu().contiguous() for name, v in tensors.items()}
-    write_atomically(file, lambda path: save_file(tensors, path, {'facts': json.dumps(facts)}))
+    raw = to_bytes(tensors, {**metadata, 'facts': json.dumps(facts), 'sha256': '0' * 64})
+    at = seal(raw)
+    sealed = raw[:at] + hashlib.sha256(raw).hexdigest().encode() + raw[at + 64 :]
+    write_atomically(file, lambda path: path.write_bytes(sealed))
+
+
+def seal(raw: bytes) -> int:
+    """Where in the header the 64 digits are. ValueError if they are not; quotes within a name or a value are escaped."""
+    return raw.index(b'"sha256":"', 8, 8 + int.from_bytes(raw[:8], 'little')) + len(b'"sha256":"')
 
 
 def read(file: Path, prefix: str = '') -> tuple[dict[str, torch.Tensor], dict]:
     """(the tensors whose names begin with the prefix, without it; facts). Raises ValueError naming the file."""
     try:
-        with safe_open(file, framework='pt') as f:
-            tensors = {name.removeprefix(prefix): f.get_tensor(name) for name in f.keys() if name.startswith(prefix)}
-            return tensors, json.loads(f.metadata()['facts'])
-    except Exception as error:
-        raise ValueError(f'{file} cannot be read ({type(error).__name__})') from None
+        raw = Path(file).read_bytes()
+        at = seal(raw)
+        digest = hashlib.sha256(memoryview(raw)[:at])
+        digest.update(b'0' * 64)
+        digest.update(memoryview(raw)[at + 64 :])
+        if digest.hexdigest().encode() != raw[at : at + 64]:
+            raise ValueError
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], 'little')])
+        return part(load(raw), prefix), json.loads(header['__metadata__']['facts'])
+    except OSError as error:
+        raise ValueError(f'{file} cannot be read ({error.strerror})') from None
+    except Exception:
+        raise ValueError(f'{file} is damaged: its SHA-256 is not that of its content') from None
 
 
 def part(tensors: dict, prefix: str) -> dict:
@@ -86,19 +121,35 @@ def user_file(folder: Path, i: int, t: int) -> Path:
     return folder / f'user{i}-{t}.safetensors'
 
 
-def rounds_of_users(folder: Path, t: int) -> dict[int, int]:
-    """{user: the last round up to t that it took part in}, from the files there; users that never did are missing."""
-    found = {}
-    for file in folder.iterdir():
-        if match := re.fullmatch(r'user(\d+)-(\d+)\.safetensors', file.name):
-            i, r = map(int, match.groups())
-            found[i] = max(found.get(i, 0), r) if r <= t else found.get(i, 0)
-    return {i: r for i, r in sorted(found.items()) if r}
+def round_file(folder: Path, t: int) -> Path:
+    return folder / f'round-{t}.safetensors'
 
 
-def remove_others(folder: Path, keep: dict[int, int]) -> None:
-    """Deletes users' files that belong to no finished round or are superseded. keep: as `rounds_of_users` gives it."""
-    wanted = {user_file(folder, i, r) for i, r in keep.items()}
+def rounds(folder: Path) -> list[int]:
+    """The finished rounds that the folder has, in order; none if there is no such folder."""
+    names = [re.fullmatch(r'round-(\d+)\.safetensors', file.name) for file in (folder.iterdir() if folder.is_dir() else ())]
+    return sorted(int(match[1]) for match in names if match)
+
+
+def read_round(folder: Path, t: int) -> tuple[dict[str, torch.Tensor], dict]:
+    """(tensors, facts) of round t, with facts['last_round'] {user: the last round up to t that it took part in}. Raises as
+    `read`."""
+    tensors, facts = read(round_file(folder, t))
+    return tensors, {**facts, 'last_round': {int(i): r for i, r in facts['last_round'].items()}}
+
+
+def check(folder: Path, t: int) -> tuple[dict[str, torch.Tensor], dict]:
+    """As `read_round`, after every file that the round needs has been read."""
+    tensors, facts = read_round(folder, t)
+    for i, r in facts['last_round'].items():
+        read(user_file(folder, i, r))
+    return tensors, facts
+
+
+def remove_others(folder: Path, *needed: tuple[int, dict[int, int]]) -> None:
+    """Deletes all but the files of these rounds, each given as (t, last_round)."""
+    wanted = {round_file(folder, t) for t, _ in needed}
+    wanted |= {user_file(folder, i, r) for _, last_round in needed for i, r in last_round.items()}
     for file in folder.iterdir():
-        if file.name.startswith('user') and file not in wanted:
+        if file not in wanted:
             file.unlink()

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from tqdm import tqdm
 
 import checkpoint
@@ -105,14 +104,15 @@ def read_run(run: Path) -> tuple[dict, list[dict], dict]:
     except FileNotFoundError:
         raise ValueError(f'{run} is no run: it has no config.json') from None
     if (run / 'summary.json').exists():
-        users = [read_adapter(run / 'adapters' / f'user{i}.safetensors') for i in tested(config)]
+        users = [checkpoint.read(run / 'adapters' / f'user{i}.safetensors')[0] for i in tested(config)]
         server_file = run / 'adapters' / 'server.safetensors'
-        return config, users, read_adapter(server_file) if server_file.exists() else {}
+        return config, users, checkpoint.read(server_file)[0] if server_file.exists() else {}
     folder = run / 'checkpoint'
-    if not (folder / 'round.safetensors').exists():
+    done = checkpoint.rounds(folder)
+    if not done or done == [0]:
         raise ValueError(f'{run} has no finished round yet: wait for its first checkpoint')
-    server, facts = checkpoint.read(folder / 'round.safetensors', 'server/')
-    last_round = checkpoint.rounds_of_users(folder, facts['round'])
+    tensors, facts = checkpoint.read_round(folder, done[-1])
+    server, last_round = checkpoint.part(tensors, 'server/'), facts['last_round']
     users = [
         checkpoint.read(checkpoint.user_file(folder, i, last_round[i]), 'adapter/')[0] if i in last_round else {}
         for i in tested(config)
@@ -123,14 +123,6 @@ def read_run(run: Path) -> tuple[dict, list[dict], dict]:
 def tested(config: dict) -> list[int]:
     """The users whose models a run evaluates: all, a sample of many, or the one of pooled text."""
     return [0] if config['pooled'] else config['tested']
-
-
-def read_adapter(file: Path) -> dict:
-    try:
-        with safe_open(file, framework='pt') as f:
-            return {name: f.get_tensor(name) for name in f.keys()}
-    except Exception as error:
-        raise ValueError(f'{file} cannot be read: {error}') from None
 
 
 def rebuild(base: GPT, tensors: dict, n_experts: int, n_generalists: int, rank: int, config: dict, routed: bool) -> GPT:
@@ -165,6 +157,7 @@ def models_of(run: Path, base: GPT) -> tuple[dict, list[GPT], GPT | None]:
         merged = run / 'adapters' / 'base.safetensors'
         if not merged.exists():
             raise ValueError(f'{run} merges into its base, which it saves when it has finished: wait for that')
+        checkpoint.read(merged)  # its SHA-256
         base = load_gpt(str(merged)).to(base.wte.weight.device)
     generalist = rebuild(base, server, k, k, rank[0], config, routed=False) if server and k else None
     models = [

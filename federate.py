@@ -9,6 +9,8 @@ Shapes: N users, r_k the rank of user k, P positions of public text, K likeliest
 """
 
 import json
+import math
+import statistics
 import sys
 from collections.abc import Iterator
 
@@ -34,6 +36,79 @@ def n_bytes(tensors: Tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
+# ---- where updates enter: whatever a user sends, checked once for all rules --------------------------------------------
+def admit(messages: list[tuple[int, int, Tensors]], t: int, expected: dict[int, Tensors], **how) -> tuple[dict, list]:
+    """({user: update} fit for every rule, in order of users; [(user, why)] of what is refused, one line each).
+
+    messages: (user, round, update) in the order in which they come, late ones and duplicates among them; a user's first that
+    is fit counts, and no other. t: the round that is being combined. expected: {user: tensors such as it has to send}."""
+    admitted, refused = {}, []
+    for user, of_round, update in messages:
+        if user not in expected:
+            why = 'it takes no part in this round'
+        elif of_round != t:
+            why = f'it is of round {of_round}, this is round {t}'
+        elif user in admitted:
+            why = 'it has sent one already'
+        else:
+            why = refusal(update, expected[user], **how)
+        if why:
+            refused.append((user, why))
+        else:
+            admitted[user] = update
+    return dict(sorted(admitted.items())), refused
+
+
+def refusal(update: Tensors, expected: Tensors, lower_rank: bool = False, vocab_size: int = 0) -> str:
+    """Why an update cannot be combined: other names, dtypes or shapes than expected (nothing is broadcast), NaN, infinity, or
+    whole numbers that are no tokens of the vocabulary. '' if it can. lower_rank: generalists of one lower rank will do
+    (HetLoRA prunes)."""
+    for name in sorted(map(str, expected.keys() ^ update.keys())):
+        return f'{name} is missing' if name in expected else f'{name[:80]} does not belong there'
+    if not all(isinstance(v, torch.Tensor) for v in update.values()):
+        return 'it holds something that is no tensor'
+    ranks = {v.shape[:1] for name, v in update.items() if 'generalists' in name and name.endswith('.A')}
+    if lower_rank and len(ranks) == 1:
+        expected = truncate(expected, max(1, *ranks.pop(), 1))
+    for name, want in expected.items():
+        v = update[name]
+        if (v.shape, v.dtype) != (want.shape, want.dtype):
+            return f'{name} is {v.dtype} of shape {tuple(v.shape)}, expected {want.dtype} of {tuple(want.shape)}'
+        if not v.isfinite().all():
+            return f'{name} holds NaN or infinity'
+        if not v.is_floating_point() and v.numel() and not 0 <= v.min() <= v.max() < vocab_size:
+            return f'{name} holds {v.min()} to {v.max()}, outside the vocabulary of {vocab_size}'
+    return ''
+
+
+def outliers(updates: dict[int, Tensors]) -> list[int]:
+    """Users whose update is over ten times as large (Euclidean, all tensors) as the median user's, of three or more."""
+    size = {i: distance(u, {}) for i, u in updates.items()}
+    return [i for i in size if len(size) > 2 and size[i] > 10 * statistics.median_low(size.values())]
+
+
+def distance(update: Tensors, server: Tensors) -> float:
+    """|θ_k - θ|, Euclidean over all tensors; of those the server does not have, |θ_k|."""
+    return math.sqrt(
+        sum(
+            (v.cpu().double() - server[n].cpu() if n in server else v.cpu().double()).square().sum().item()
+            for n, v in update.items()
+        )
+    )
+
+
+def clipped(updates: list[Tensors], server: Tensors, c: float) -> list[Tensors]:
+    """Norm clipping (Sun et al. 2019, 1911.07963): θ + (θ_k - θ) min(1, c m / |θ_k - θ|), θ the server's tensors that all
+    started from, m the median user's |θ_k - θ|. One user can move the mean by c m / N, whatever it sends."""
+    far = [distance(update, server) for update in updates]
+    most = c * statistics.median_low(far)
+    return [
+        u if d <= most else {n: (v + (server[n].to(v.device) - v.double()) * (1 - most / d)).to(v.dtype) for n, v in u.items()}
+        for u, d in zip(updates, far)
+    ]
+
+
+# ---- means of parameters -------------------------------------------------------------------------------------------
 def stacked(updates: list[Tensors]) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, (N, ...) float64 on the CPU), a tensor at a time: memory for one, whatever N. Raises ValueError unless all
     updates have the same names and shapes."""
@@ -49,16 +124,22 @@ def like(values: Tensors, update: Tensors) -> Tensors:
     return {name: v.to(update[name].dtype).to(update[name].device) for name, v in values.items()}
 
 
-# ---- means of parameters -------------------------------------------------------------------------------------------
 def weighted_sum(updates: list[Tensors], weights: list[float]) -> Tensors:
-    """Σ_k w_k θ_k for every tensor, one weight per update (else ValueError)."""
+    """Σ_k w_k θ_k for every tensor, one weight per update, none negative, not all 0 (else ValueError)."""
     total = {}
-    if len(weights) != len(updates):
-        raise ValueError(f'{len(weights)} weights for {len(updates)} updates')
+    check_weights(weights, updates)
     for name, t in stacked(updates):
         w = torch.tensor(weights, dtype=torch.float64).view(-1, *[1] * (t.dim() - 1))  # (N, 1, ...)
         total[name] = order_free_sum(w * t)
     return like(total, updates[0])
+
+
+def check_weights(weights: list[float], updates: list[Tensors], least: float = 0.0) -> None:
+    """Raises ValueError unless there is a finite weight of `least` or more for each update, and one above 0."""
+    if len(weights) != len(updates):
+        raise ValueError(f'{len(weights)} weights for {len(updates)} updates')
+    if not all(least <= w < math.inf for w in weights) or not sum(weights) > 0:
+        raise ValueError(f'weights {weights}: expected finite numbers above 0')
 
 
 def order_free_sum(t: torch.Tensor) -> torch.Tensor:
@@ -81,7 +162,7 @@ def fedavg(updates: list[Tensors]) -> Tensors:
 def trimmed_mean(updates: list[Tensors], trim: float) -> Tensors:
     """The mean of every coordinate without its ⌊trim N⌋ smallest and as many largest values (Yin et al. 2018, 1803.01498):
     bounded influence of up to trim N hostile users, 0 <= trim < 1/2."""
-    cut = int(trim * len(updates))
+    cut = int(trim * len(updates) + 1e-9)  # 0.07 * 100 is 7.000000000000001, 0.29 * 100 is 28.999999999999996
     return like({name: t.sort(0).values[cut : len(updates) - cut].mean(0) for name, t in stacked(updates)}, updates[0])
 
 
@@ -98,8 +179,11 @@ def trust_average(updates: list[Tensors], W: torch.Tensor) -> list[Tensors]:
 
 
 def trust_matrix(scores: torch.Tensor, temperature: float) -> torch.Tensor:
-    """W (N, N) = softmax of every row of scores / temperature: W_ij is how much user i trusts user j."""
-    return (scores.double() / temperature).softmax(1)
+    """W (N, N) = softmax of every row of scores / temperature: W_ij is how much user i trusts user j. Nobody is trusted whose
+    score is NaN or -inf, as of a model that overflows; a user who could trust nobody trusts itself."""
+    scores = (scores.double() / temperature).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    nobody = scores.isneginf().all(1, keepdim=True)
+    return torch.where(nobody, torch.eye(len(scores), dtype=torch.float64), scores.softmax(1))
 
 
 def weight_scores(updates: list[Tensors]) -> torch.Tensor:
@@ -179,6 +263,7 @@ def flora(updates: list[Tensors], weights: list[float], scalings: list[float]) -
     """B̄ = [B_1 ... B_N], Ā = [w_1 γ_1 A_1; ...; w_N γ_N A_N], so that B̄ Ā = Σ_k w_k γ_k B_k A_k exactly, whatever the ranks
     (FLoRA, 2409.05976). Rank Σ r_k, outer scale 1."""
     check_but_for_ranks(updates, weights, scalings)
+    check_weights(weights, updates, least=1e-300)
     server = {}
     for name in pairs(updates[0]):
         server[name + '.A'] = torch.cat([w * g * u[name + '.A'] for u, w, g in zip(updates, weights, scalings)])

@@ -212,8 +212,8 @@ def machine_of(jobs: int, device: str) -> tuple[int, int, list[str], str]:
 def start(run: dict, slot: int, machine: tuple, lock: int) -> dict:
     folder, (_, threads, gpus, words) = run['folder'], machine
     folder.mkdir(parents=True, exist_ok=True)
-    begun, round_1 = folder / 'config.json', folder / 'checkpoint' / 'round.safetensors'
-    again = '--resume' if round_1.exists() else '--overwrite' if begun.exists() else None
+    begun, rounds = folder / 'config.json', [*folder.glob('checkpoint/round-*.safetensors')]
+    again = '--resume' if rounds else '--overwrite' if begun.exists() else None
     env = {**os.environ, 'OMP_NUM_THREADS': str(threads), 'PYTHONUNBUFFERED': '1'}
     if gpus:
         env['CUDA_VISIBLE_DEVICES'] = gpus[slot % len(gpus)]

@@ -10,13 +10,16 @@ torchrun --nproc_per_node=4 train.py config/agnews.py               # users deal
 """
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import hashlib
 import json
 import math
 import os
+import re
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +29,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import checkpoint
@@ -36,7 +38,7 @@ from configurator import configure, die
 from data.stream import check_dataset, get_batch, load_dataset, load_text, load_user
 from eval import cell, evaluate, fingerprint, mean, perplexity, table
 from lora_moe import add_lora, initial, load_balance_loss, roles
-from model import GPT, fast_fp32, load_gpt, save_gpt, store_in_bf16
+from model import GPT, fast_fp32, load_gpt, store_in_bf16
 
 # fmt: off
 # ---- switches: override with config/*.py or --name=value ----------------------------------------------------------
@@ -90,6 +92,11 @@ router_lr = 2e-3                # constant
 weight_decay = 0.01             # AdamW, on LoRA and router alike
 eval_every = 5                  # rounds between evaluations on the test split; the last round always is one
 test_users = 0                  # users that are evaluated, drawn by the seed; 0: all
+# ---- what can go wrong, and what bounds it
+clip_norm = 0.0                 # bounds how far an update may move, in units of the median user's move; 0: off
+failures = 0.0                  # chance that a user fails halfway through a round and loses what it did in it
+attack = 'none'                 # what the last users send in place of their updates: none | nan | scale:1e6 | noise:1e3
+attackers = 1                   # how many users do that
 # ---- the machine
 seed = 42                       # the paper's seeds are 42, 45, 47
 device = 'auto'                 # auto | cpu | cuda | cuda:N | mps
@@ -135,6 +142,19 @@ if '--list_methods' in sys.argv:
 rows = {name: dict(zip(COLUMNS, row)) | (more[0] if more else {}) for name, (row, _, _, *more) in METHODS.items()}
 config = configure(globals(), sys.argv[1:], rows, per_user=('n_experts', 'lora_rank'))
 began_script = time.time()
+
+
+def stop(number: int, _) -> None:
+    """SIGINT, SIGTERM: the process ends at once. Every finished round is on disk, --resume does the interrupted one again."""
+    tqdm.write(
+        f'train.py: {signal.Signals(number).name}: the last finished round is kept in {out_dir}, continue with --resume',
+        file=sys.stderr,
+    )
+    sys.exit(128 + number)
+
+
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, stop)
 if method == 'pretrained':
     rounds = config['rounds'] = 0  # the base as it is, whatever a config file says
 
@@ -176,6 +196,12 @@ if not 0 < participation <= 1:
     die(f'--participation={participation}: must be in (0, 1]')
 if not 0 <= trim < 0.5 or not 0 < prune_gamma <= 1:
     die(f'--trim={trim} must be in [0, 0.5) and --prune_gamma={prune_gamma} in (0, 1]')
+if not 0 <= failures <= 1 or clip_norm < 0 or attackers < 0:
+    die(f'--failures={failures} must be in [0, 1], --clip_norm={clip_norm} and --attackers={attackers} not negative')
+if clip_norm and aggregate not in ('fedavg', 'ffa', 'fedsa', 'median', 'trimmed_mean'):
+    die(f'--clip_norm={clip_norm} needs a rule with one result for all: --aggregate=fedavg, ffa, fedsa, median or trimmed_mean')
+if not re.fullmatch(r'none|nan|(scale|noise):\d+(\.\d+)?(e\d+)?', attack):
+    die(f'--attack={attack}: expected none, nan, scale:NUMBER or noise:NUMBER, such as scale:1e6')
 shares = aggregate not in ('none', 'consensus')  # whether any tensor leaves a user
 if not shares and (n_generalists or share_attention):
     die(f'--aggregate={aggregate} shares no tensors: it needs --n_generalists=0 and --share_attention=False')
@@ -183,8 +209,8 @@ if shares and not (n_generalists or share_attention):
     die(f'--aggregate={aggregate} has nothing to combine: give --n_generalists=1 or more, or --aggregate=none')
 if fuse and (aggregate != 'fedavg' or not n_generalists):
     die("--fuse mixes a user's own and the averaged generalists: it needs --aggregate=fedavg and --n_generalists=1 or more")
-if fuse and (participation < 1 or test_users):
-    die('--fuse ends with a search by every user: it needs --participation=1 and --test_users=0')
+if fuse and (participation < 1 or test_users or failures):
+    die('--fuse ends with a search by every user: it needs --participation=1, --failures=0 and --test_users=0')
 if ghost_noise and min(batch_size, micro_batch_size) < 2:
     die(f'--ghost_noise={ghost_noise} draws other sequences of a micro-batch: --micro_batch_size must be 2 or more')
 asks_public = aggregate == 'consensus' or (aggregate, trust) == ('trust', 'predictions')
@@ -193,7 +219,7 @@ if public_text and not asks_public:
 out = Path(out_dir)
 if out.exists() and not out.is_dir():
     die(f'--out_dir={out_dir} is a file: give a folder')
-if resume and not (out / 'checkpoint' / 'round.safetensors').exists():
+if resume and not checkpoint.rounds(out / 'checkpoint'):
     die(f'--resume: {out_dir} has no checkpoint; start without --resume')
 if (out / 'config.json').exists() and not (resume or overwrite):
     state = 'a finished run' if (out / 'summary.json').exists() else 'an unfinished run'
@@ -219,6 +245,14 @@ if block_size > base.config.n_positions:
 names = [u['name'] for u in meta['users']]
 n_train = [1] if pooled else [u['tokens']['train'] for u in meta['users']]  # tokens
 N = len(n_train)
+copied = {i: share for i, share in enumerate(meta['overlap']) if share > 0.05}
+if copied and process == 0:
+    print(
+        f'train.py: warning: a part of the validation text, {max(copied.values()):.0%} of its windows of 64 tokens, is also '
+        f"training text (user {max(copied, key=copied.get)}; over 5 % of {len(copied)} users'): the router will trust who has "
+        'learned it by heart',
+        file=sys.stderr,
+    )
 if test_users > N:
     die(f'--test_users={test_users}: {dataset} has {N} users')
 
@@ -340,7 +374,26 @@ def load(user: SimpleNamespace, tensors: dict) -> None:
 
 def upload(user: SimpleNamespace) -> dict:
     """What leaves the user: copies of its shared tensors and nothing else."""
-    return federate.truncate({name: user.adapter[name].detach().clone() for name in shared}, user.rank)
+    return attacked(user, federate.truncate({name: user.adapter[name].detach().clone() for name in shared}, user.rank))
+
+
+def asked_of(i: int) -> dict:
+    """Tensors such as user i has to send: names, shapes and dtypes (the values are those of the start)."""
+    return federate.truncate({name: origin[name] for name in shared}, rank_of[i])
+
+
+def attacked(user: SimpleNamespace, sent: dict) -> dict:
+    """What a user sends, or the rubbish that --attack puts in its place: to see what a rule makes of it."""
+    if attack == 'none' or user.id < N - attackers:
+        return sent
+    kind, _, size = attack.partition(':')
+    rng = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, user.id, 2, t)).generate_state(1)[0]))
+    rubbish = {
+        'nan': lambda v: torch.full(v.shape, math.nan),
+        'scale': lambda v: v.cpu() * float(size),
+        'noise': lambda v: torch.randn(v.shape, generator=rng) * float(size),
+    }[kind]
+    return {name: rubbish(v).to(v.dtype).to(v.device) if v.is_floating_point() else v for name, v in sent.items()}
 
 
 def sample(n: int, *key: int) -> list[int]:
@@ -455,32 +508,61 @@ def gathered(mine: dict[int, dict]) -> dict[int, dict]:
     return dict(sorted(found.items()))
 
 
-def trust_scores(present: list[int], updates: list[dict]) -> torch.Tensor:
-    """S (n, n): how good user i finds user j (PCL). What this costs beside the updates is added to the users' bytes."""
+def admitted(sent: dict[int, dict], expected: dict[int, dict], **how) -> dict[int, dict]:
+    """{user: what it sent}, of those from whom it is fit to be combined; a line about each of the others."""
+    updates, refused = federate.admit([(i, t, update) for i, update in sent.items()], t, expected, **how)
+    for i, why in refused if process == 0 else ():
+        log('refused', user=i, why=why)
+        tqdm.write(f'round {t + 1}: what user {i} sent is refused ({why}): the others go on without it', file=sys.stderr)
+    for i in (
+        federate.outliers(updates) if process == 0 and not clip_norm and aggregate not in ('median', 'trimmed_mean') else ()
+    ):
+        tqdm.write(
+            f"round {t + 1}: warning: what user {i} sent is over ten times as large as the median user's: "
+            '--aggregate=median, trimmed_mean or --clip_norm=2 bound what one user can do',
+            file=sys.stderr,
+        )
+    return updates
+
+
+def trust_scores(updates: dict[int, dict]) -> tuple[list[int], torch.Tensor]:
+    """(n users, S (n, n)): how good user i finds user j (PCL). What this costs beside the updates is added to users' bytes."""
     if trust == 'weights':
-        return federate.weight_scores(updates)
+        return [*updates], federate.weight_scores([*updates.values()])
     if trust == 'validation':  # every user gets the others' updates and sends n numbers
+        ppl = {}
         for user in users:
-            user.bytes_up += 4 * len(updates)
-            user.bytes_down += sum(federate.n_bytes(u) for i, u in zip(present, updates) if i != user.id)
-        rows = gathered({user.id: {'ppl': torch.tensor([perplexity(judged(user, u)) for u in updates])} for user in users})
-        return federate.validation_scores(torch.stack([row['ppl'] for row in rows.values()]))
-    return federate.prediction_scores(all_predictions(logits=True), base.config.vocab_size)
+            if user.id in updates:
+                user.bytes_up += 4 * len(updates)
+                user.bytes_down += sum(federate.n_bytes(u) for i, u in updates.items() if i != user.id)
+                ppl[user.id] = {'ppl': torch.tensor([perplexity(judged(user, u)) for u in updates.values()])}
+        return [*updates], federate.validation_scores(torch.stack([row['ppl'] for row in gathered(ppl).values()]))
+    predictions = all_predictions(updates, logits=True)
+    return [*predictions], federate.prediction_scores([*predictions.values()], base.config.vocab_size)
 
 
-def all_predictions(logits: bool = False) -> list[tuple]:
-    """Every present user's 100 likeliest tokens at every position of the public text: 600 bytes a position."""
-    mine = {}
+def all_predictions(updates: dict[int, dict], logits: bool = False) -> dict[int, tuple]:
+    """Those users' 100 likeliest tokens at every position of the public text: 600 bytes a position."""
+    mine, k = {}, min(100, base.config.vocab_size)
     for user in users:
-        with autocast:
-            mine[user.id] = dict(zip(('ids', 'values'), federate.top_predictions(user.model, public, 100, logits)))
-        user.bytes_up += federate.n_bytes(mine[user.id])
-    return [(sent['ids'], sent['values']) for sent in gathered(mine).values()]
+        if user.id in updates:
+            with autocast:
+                top = dict(zip(('ids', 'values'), federate.top_predictions(user.model, public, k, logits)))
+            mine[user.id] = attacked(user, top)
+            user.bytes_up += federate.n_bytes(top)
+    like = {'ids': torch.empty(public.numel(), k, dtype=torch.int32), 'values': torch.empty(public.numel(), k).half()}
+    sent = admitted(gathered(mine), dict.fromkeys(updates, like), vocab_size=base.config.vocab_size)
+    return {i: (top['ids'], top['values']) for i, top in sent.items()}
 
 
-def combine(present: list[int], updates: list[dict]) -> tuple[dict, dict]:
+def combine(sent: dict[int, dict]) -> tuple[dict, dict]:
     """(what everybody's next round starts from, {user: what its own starts from instead}): the rule that --aggregate names,
-    applied to what those present sent."""
+    applied to what those present sent. Nobody there: all stays as it is."""
+    if not sent:
+        return server, {}
+    present, updates = [*sent], [*sent.values()]
+    if clip_norm:
+        updates = federate.clipped(updates, server, clip_norm)
     if aggregate in ('fedavg', 'ffa', 'fedsa'):  # the same mean, of A and B, of B alone, of A alone
         return federate.fedavg(updates), {}  # θ^G = 1/N Σ_i θ_i^G
     if aggregate == 'median':
@@ -488,17 +570,19 @@ def combine(present: list[int], updates: list[dict]) -> tuple[dict, dict]:
     if aggregate == 'trimmed_mean':
         return federate.trimmed_mean(updates, trim), {}
     if aggregate == 'trust':
-        W = federate.trust_matrix(trust_scores(present, updates), trust_temperature)
+        present, scores = trust_scores(sent)
+        W = federate.trust_matrix(scores, trust_temperature)
         log('trust', users=present, matrix=W.tolist())
-        return {}, dict(zip(present, federate.trust_average(updates, W)))
-    if aggregate == 'consensus' and t + 1 >= consensus_start:
-        predictions = all_predictions()
-        W = federate.prediction_trust(predictions, base.config.vocab_size)
+        return {}, dict(zip(present, federate.trust_average([sent[i] for i in present], W)))
+    if aggregate == 'consensus' and t + 1 >= consensus_start and (predictions := all_predictions(sent)):
+        present, told = [*predictions], [*predictions.values()]
+        W = federate.prediction_trust(told, base.config.vocab_size)
         log('trust', users=present, matrix=W.tolist())
         for user in users:
-            psi = federate.consensus(predictions, W[present.index(user.id)].tolist(), base.config.vocab_size)
-            user.pseudo_labels = [v.view(*public.shape, -1).to(device) for v in psi]  # (W, T, K) ids, probabilities
-            user.bytes_down += federate.n_bytes(dict(enumerate(psi)))
+            if user.id in predictions:
+                psi = federate.consensus(told, W[present.index(user.id)].tolist(), base.config.vocab_size)
+                user.pseudo_labels = [v.view(*public.shape, -1).to(device) for v in psi]  # (W, T, K) ids, probabilities
+                user.bytes_down += federate.n_bytes(dict(enumerate(psi)))
     if not shares:
         return {}, {}
     # ranks that differ: generalists by the rule, attention LoRAs, of one rank for all, by the mean
@@ -582,12 +666,14 @@ def publish() -> None:
     """Every process's new lines, in order of users, into metrics.jsonl (process 0) and what they say into `results` (all)."""
     lines = [line for _, theirs in federate.all_gather({}, pending) for line in theirs]
     pending.clear()
-    for line in sorted(lines, key=lambda line: line.get('user', -1)):
+    lines.sort(key=lambda line: line.get('user', -1))
+    for line in lines:
         note(line)
-        if process == 0:
-            metrics.write(json.dumps(line) + '\n')
-    if process == 0:
-        metrics.flush()
+    if process == 0 and lines:
+        try:
+            metrics.write(''.join(json.dumps(line) + '\n' for line in lines).encode())
+        except OSError as error:
+            checkpoint.cannot_write(out / 'metrics.jsonl', error)
 
 
 def note(line: dict) -> None:
@@ -601,24 +687,23 @@ def note(line: dict) -> None:
 
 
 def save_round(present: list[int]) -> None:
-    """The files of those present, then the round's: from now on the run continues after this round."""
-    before = dict(last_round)
+    """The files of those present, then the round's: from now on the run continues after this round. The round before it is
+    kept too, what only older ones need is deleted."""
+    before = [checkpoint.user_file(kept_in, u.id, last_round[u.id]) for u in users if u.id in last_round]
     last_round.update(dict.fromkeys(present, t + 1))
     for u in users:
         checkpoint.save_user(checkpoint.user_file(kept_in, u.id, t + 1), u)
     federate.all_gather({})  # everybody's files are there
     if process == 0:
         tensors = {f'server/{name}': v for name, v in for_all().items()}
-        tensors |= {f'base/{name}': v for name, v in base.state_dict().items()} if aggregate == 'flora' else {}
-        checkpoint.save(
-            kept_in / 'round.safetensors',
-            tensors,
-            {'round': t + 1, 'identity': identity, 'metrics_bytes': metrics.tell(), 'clock': clock},
-        )
+        if aggregate == 'flora' and t >= 0:
+            tensors |= {f'base/{name}': v for name, v in base.state_dict().items()}
+        facts = {'round': t + 1, 'last_round': last_round, 'metrics_bytes': metrics.tell(), 'clock': clock}
+        checkpoint.save(checkpoint.round_file(kept_in, t + 1), tensors, {**facts, 'identity': identity})
     federate.all_gather({})
-    for u in users:
-        if u.id in before:
-            checkpoint.user_file(kept_in, u.id, before[u.id]).unlink(missing_ok=True)
+    for file in [*superseded, *([checkpoint.round_file(kept_in, t - 1)] if process == 0 else [])]:
+        file.unlink(missing_ok=True)
+    superseded[:] = before
 
 
 def for_all() -> dict:
@@ -647,22 +732,13 @@ def save_adapters() -> None:
             'round': last_round.get(i, 0),
         }
         own = here[i] if i in here else checkpoint.read(checkpoint.user_file(kept_in, i, last_round[i]), 'adapter/')[0]
-        tensors = {name: p.detach().cpu().contiguous() for name, p in own.items()}
-        write_atomically(
-            out / 'adapters' / f'user{i}.safetensors',
-            lambda file: save_file(tensors, file, {k: str(v) for k, v in facts.items()}),
-        )
+        facts = {key: str(value) for key, value in facts.items()}
+        checkpoint.save(out / 'adapters' / f'user{i}.safetensors', own, {}, **facts)
     if aggregate in federate.ONE_MODEL and process == 0:
-        write_atomically(
-            out / 'adapters' / 'server.safetensors',
-            lambda file: save_file(
-                {n: v.detach().cpu().contiguous() for n, v in for_all().items()},
-                file,
-                {'base': init_from, 'round': str(rounds)},
-            ),
-        )
+        checkpoint.save(out / 'adapters' / 'server.safetensors', for_all(), {}, base=init_from, round=str(rounds))
     if aggregate == 'flora' and process == 0:
-        write_atomically(out / 'adapters' / 'base.safetensors', lambda file: save_gpt(base, file))
+        shape = json.dumps(dataclasses.asdict(base.config))
+        checkpoint.save(out / 'adapters' / 'base.safetensors', base.state_dict(), {}, gpt_config=shape)
 
 
 def git_commit() -> str:
@@ -693,32 +769,43 @@ if processes > 1:  # who dies closes its connections, and the others notice at o
     dist.init_process_group('gloo', timeout=datetime.timedelta(days=7))
 if resume:
     try:
-        tensors, facts = checkpoint.read(kept_in / 'round.safetensors')
+        start = checkpoint.rounds(kept_in)[-1]
+        try:
+            tensors, facts = checkpoint.check(kept_in, start)
+        except ValueError as error:
+            last_file = checkpoint.round_file(kept_in, start)
+            checkpoint.check(kept_in, start - 1)
+            die(f'--resume: {error}; round {start - 1} is intact: delete {last_file}, and --resume continues after it')
         changed = [k for k in identity if facts['identity'].get(k) != identity[k]]
         if changed:
             die(f'--resume: {out_dir} was made with another {", ".join(changed)}; use the same, or another --out_dir')
-        start = facts['round']
         server = {name: v.to(device) for name, v in checkpoint.part(tensors, 'server/').items() if name in shared}
-        last_round = checkpoint.rounds_of_users(kept_in, start)
+        last_round = facts['last_round']
         with open(out / 'metrics.jsonl', 'rb') as f:
-            for line in f.read(facts['metrics_bytes']).splitlines():
-                note(json.loads(line))
+            so_far = f.read(facts['metrics_bytes'])
+        if len(so_far) < facts['metrics_bytes']:
+            raise ValueError(f'{out}/metrics.jsonl has lost lines')
+        for line in so_far.splitlines():
+            note(json.loads(line))
         clock = facts['clock']
     except (OSError, ValueError, KeyError) as error:
-        die(f'{error}: start again with --overwrite')
-    if aggregate == 'flora':
+        die(f'--resume: {error}: start again with --overwrite')
+    if aggregate == 'flora' and start:
         base.load_state_dict(checkpoint.part(tensors, 'base/'))
 federate.all_gather({})  # all have checked and read before anything is written
 if process == 0 and resume:
     os.truncate(out / 'metrics.jsonl', facts['metrics_bytes'])  # lines of a round that was not finished are run again
-    checkpoint.remove_others(kept_in, last_round)
+    needed = [(start, last_round)]
+    with contextlib.suppress(ValueError):  # there is no round before, or it is damaged
+        needed.append((start - 1, checkpoint.read_round(kept_in, start - 1)[1]['last_round']))
+    checkpoint.remove_others(kept_in, *needed)
 elif process == 0:
     try:
         kept_in.mkdir(parents=True, exist_ok=True)
         (out / 'adapters').mkdir(exist_ok=True)
         for old in (
             out / 'summary.json',
-            kept_in / 'round.safetensors',
+            *kept_in.glob('round-*'),
             out / 'metrics.jsonl',
             out / 'trust.png',
             *kept_in.iterdir(),
@@ -747,13 +834,19 @@ elif process == 0:
     except OSError as error:
         die(f'cannot write to --out_dir={out_dir}: {error.strerror}')
 federate.all_gather({})
-metrics = open(out / 'metrics.jsonl', 'a', encoding='utf-8') if process == 0 else None
+metrics = open(out / 'metrics.jsonl', 'ab', buffering=0) if process == 0 else None
+superseded = []  # users' files that only the round before the last one needs
 
 # ---- Algorithm 1 ---------------------------------------------------------------------------------------------------
 n_present = max(1, round(participation * N))
 first = federate.truncate({name: origin[name] for name in shared}, rank_of[0])  # what user 0 sends a round
+began_round_1 = time.time()
+began, t = began_round_1 - clock['seconds'], start - 1
 if process == 0:
     metrics.seek(0, os.SEEK_END)
+if not resume:
+    save_round([])  # round 0: from here on there is always something to continue from
+if process == 0:
     print(
         f'{method} on {dataset} ({target}): {N} users'
         + f', {n_present} a round' * (n_present < N)
@@ -761,8 +854,6 @@ if process == 0:
         f'{wake(0).trainable if rounds else 0:,} trainable (user 0), {federate.n_bytes(first):,} bytes of LoRA up '
         f'per user and round, {device} {dtype}' + f', {processes} processes' * (processes > 1)
     )
-began_round_1 = time.time()
-began, t = began_round_1 - clock['seconds'], start - 1
 bar = tqdm(
     total=rounds * n_present * local_steps,
     initial=start * n_present * local_steps,
@@ -775,11 +866,12 @@ for t in range(start, rounds):
     present = sample(n_present, t, 0, 2)  # by (seed, round) alone
     if aggregate == 'flora':
         merge(server)
+    failing = {i for i, chance in enumerate(np.random.default_rng((seed, 0, t, 0, 3)).random(N)) if chance < failures}
     for user in awake(present[process::processes]):  # in parallel in the paper, here in turn or in several processes
         receive(user)  # download: every user starts from the same generalists
         tail = federate.tail_norm(user.adapter, user.rank, prune_gamma) if aggregate == 'hetlora' else 0
         tic, tested_so_far = time.time(), cell(mean(of_all('local')))
-        for h in range(local_steps):
+        for h in range(local_steps // 2 if user.id in failing else local_steps):
             lr = cosine(t * local_steps + h)
             for group in user.expert_opt.param_groups:
                 group['lr'] = lr
@@ -809,22 +901,27 @@ for t in range(start, rounds):
                     )
             bar.update()
             bar.set_postfix({'round': t + 1, 'user': user.name, 'loss': f'{ce:.3f}', 'test ppl': tested_so_far})
+        if user.id in failing:
+            continue
         if aggregate == 'hetlora' and federate.tail_norm(user.adapter, user.rank, prune_gamma) < tail:
             prune(user)
         clock['training'] += time.time() - tic
         if (last or (t + 1) % eval_every == 0) and user.id in tested:  # after local steps, before aggregation
             test_perplexity(user, user.model, 'local')
-    bar.update((len(present) - len(users)) * local_steps)  # other processes' steps
+    present = [i for i in present if i not in failing]
+    awake([user.id for user in users if user.id in present])  # who failed has lost what it did: its file says what it is
+    bar.update((t + 1) * n_present * local_steps - bar.n)  # steps of other processes, and of who failed
     publish()
-    updates = gathered({user.id: upload(user) for user in users})
-    server, own = combine(present, [{name: updates[i][name] for name in shared} for i in present])
+    sent = gathered({user.id: upload(user) for user in users})
+    updates = admitted(sent, {i: asked_of(i) for i in present}, lower_rank=aggregate == 'hetlora')
+    server, own = combine({i: {name: update[name] for name in shared} for i, update in updates.items()})
     for user in users:
         user.download = own.get(user.id, {})
         log(
             'comm',
             step=user.expert_steps,
             user=user.id,
-            bytes_up=user.bytes_up + federate.n_bytes(updates[user.id]),
+            bytes_up=user.bytes_up + federate.n_bytes(sent[user.id]),
             bytes_down=user.bytes_down,
         )
         user.bytes_up = user.bytes_down = 0

@@ -37,25 +37,54 @@ def encoding(name: str) -> tiktoken.Encoding:
 
 
 def check_dataset(folder: str | Path, block_size: int, vocab_size: int) -> dict:
-    """meta.json, after every file of every user has been read and checked: one user in memory at a time.
+    """meta.json, after every file of every user has been read and checked: one user in memory at a time. With it 'overlap',
+    of every user: see `overlap`.
 
     Raises ValueError, in one line, for anything missing, truncated, altered, too short or outside the vocabulary."""
     folder = Path(folder)
     try:
         meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
-        np.dtype(meta['dtype']), meta['users']
+        if meta['dtype'] not in ('<u2', '<u4') or not meta['users'] or type(meta['vocab_size']) is not int:
+            raise ValueError('dtype must be <u2 or <u4, vocab_size a number, and there must be users')
+        for user in meta['users']:
+            if {type(user['tokens'][split]) for split in SPLITS} != {int} or type(user['name']) is not str:
+                raise ValueError('a user needs a name, and the number of its tokens of each split')
+            meta['tokenizer'], [user['sha256'][split] for split in SPLITS]
     except FileNotFoundError:
         raise ValueError(f'no data set at {folder} (no meta.json): run python data/prepare.py {folder.name}') from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{folder}/meta.json cannot be read ({error}): prepare the data set again') from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f'{folder}/meta.json cannot be read ({type(error).__name__}: {error}): prepare the data set again'
+        ) from None
     if not 0 <= vocab_size - meta['vocab_size'] < 128:  # bases pad their vocabulary, e.g. 50257 -> 50304
         raise ValueError(
             f'{folder} has a vocabulary of {meta["vocab_size"]} tokens ({meta["tokenizer"]}), but the base model '
             f'has {vocab_size}: prepare with the other --tokenizer, or choose the other base with --init_from'
         )
+    meta['overlap'] = []
     for i in range(len(meta['users'])):
-        check_lengths(load_user(folder, meta, i), i, block_size)
+        user = load_user(folder, meta, i)
+        check_lengths(user, i, block_size)
+        meta['overlap'].append(overlap(user['train'], user['valid']))
     return meta
+
+
+def overlap(train: np.ndarray, valid: np.ndarray, length: int = 64) -> float:
+    """Share of the validation stream's windows of `length` tokens, side by side, that occur word for word anywhere in the
+    training stream: there a router learns to trust who knows them by heart. By a polynomial hash of windows, mod 2^64."""
+    if min(len(train), len(valid)) < length:
+        return 0.0
+
+    def hashes(tokens: np.ndarray) -> np.ndarray:  # (tokens - length + 1,), Σ_j t_j p^j over the window
+        sums = np.cumsum((tokens.astype(np.uint64) + 1) * np.cumprod(np.full(len(tokens), p, np.uint64)))
+        sums = np.concatenate((np.zeros(1, np.uint64), sums))
+        return (sums[length:] - sums[:-length]) * np.cumprod(np.full(len(sums) - length, pow(p, -1, 2**64), np.uint64))
+
+    p = 0x9E3779B97F4A7C15  # odd, so it has an inverse
+    asked, known = hashes(valid)[::length], hashes(train)
+    unique = np.unique(asked)
+    found = known[unique.take(np.searchsorted(unique, known), mode='clip') == known]  # few are asked for, many known
+    return float(np.isin(asked, found).mean())
 
 
 def check_lengths(user: dict, i: int, block_size: int) -> None:

@@ -1,8 +1,12 @@
-"""A tiny base and a tiny data set, written in the project's own formats, and train.py run inside this process."""
+"""A tiny base and a tiny data set, written in the project's own formats, and train.py run inside this process; the table of
+reliability figures; and no test may look up a name that is not this machine's."""
 
 import hashlib
 import json
+import os
+import signal
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +19,12 @@ SHARED = ROOT.parent / 'shared'  # real text for offline checks; those tests ski
 sys.path.insert(0, str(ROOT))
 
 from model import GPT, GPTConfig, save_gpt  # noqa: E402
+
+LONG = os.environ.get('RELIABILITY') == 'long'  # the counts of `make reliability`, instead of a short form of every line
+FIGURES = {}  # {'R1': (what was reached, whether that is the target)}
+os.environ['LOOKUPS'] = tempfile.mkstemp(prefix='lookups')[1]
+os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(ROOT / 'tests/no_network'), os.environ.get('PYTHONPATH')]))
+exec(compile((ROOT / 'tests/no_network/sitecustomize.py').read_text(), 'sitecustomize.py', 'exec'), {})
 
 TINY = (
     '--rounds=3',
@@ -81,7 +91,12 @@ def train(tiny, tmp_path, monkeypatch):
         given = [f'--init_from={tiny.base}', f'--dataset={tiny.data}', f'--out_dir={tmp_path / out}', '--device=cpu']
         monkeypatch.setattr(sys, 'argv', ['train.py', *given, *(TINY if short else ()), *args])
         scope = {'__name__': '__main__', '__file__': str(ROOT / 'train.py'), '__doc__': 'train.py'}
-        exec(source, scope)
+        handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+        try:
+            exec(source, scope)
+        finally:  # Ctrl-C is pytest's again
+            for number, handler in handlers:
+                signal.signal(number, handler)
         return SimpleNamespace(**scope, lines=read_metrics(tmp_path / out))
 
     return run
@@ -95,3 +110,35 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     """|a - b| / |b| in the Euclidean norm; both zero is 0. NaN is an error, not a pass."""
     assert torch.isfinite(a).all() and torch.isfinite(b).all()
     return ((a - b).norm() / b.norm().clamp_min(1e-30)).item() if b.norm() > 0 or a.norm() > 0 else 0.0
+
+
+# ---- reliability: what was reached, in a table -----------------------------------------------------------------------
+@pytest.fixture
+def figure():
+    """figure('R1', '50/50 bit-identical', ok): a line of the table; a test fails unless its target is reached."""
+
+    def line(name: str, reached: str, ok: bool) -> None:
+        FIGURES[name] = (reached, ok)
+        assert ok, f'{name}: {reached}'
+
+    return line
+
+
+def lookups() -> list[str]:
+    return Path(os.environ['LOOKUPS']).read_text().splitlines()
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if lookups() and exitstatus == 0:
+        session.exitstatus = 1
+
+
+def pytest_terminal_summary(terminalreporter):
+    found = lookups()
+    FIGURES['R20'] = (f'{len(found)} look-ups of other machines by {terminalreporter._numcollected} tests', not found)
+    if LONG or found:
+        terminalreporter.write_line('')
+        for name, (reached, ok) in sorted(FIGURES.items(), key=lambda item: int(item[0][1:])):
+            terminalreporter.write_line(f'{name:4} {"met   " if ok else "MISSED"} {reached}')
+        for line in sorted(set(found)):
+            terminalreporter.write_line(f'     {line}')

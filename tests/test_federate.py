@@ -89,7 +89,7 @@ def test_fedavg_is_the_mean_of_parameters():
 
 
 def test_weighted_sum():
-    given, w = updates(3), [0.5, -2.0, 0.25]
+    given, w = updates(3), [0.5, 2.0, 0.25]
     total = weighted_sum(given, w)
     assert np.allclose(total['a'], sum(x * u['a'].numpy() for x, u in zip(w, given)), atol=1e-6)
 

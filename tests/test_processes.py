@@ -249,13 +249,17 @@ def test_flora_counts_every_stack_that_an_absent_user_missed(train, six):
 
 
 def test_files_of_an_unfinished_round_are_ignored_and_removed(tmp_path):
-    for name in ('user3-1', 'user3-2', 'user4-3', 'user5-1', 'round'):
-        checkpoint.save(tmp_path / f'{name}.safetensors', {'x': torch.zeros(1)}, {})
+    for name in ('user3-1', 'user3-2', 'user4-3', 'user5-1', 'user6-0', 'round-0', 'round-1', 'round-2'):
+        checkpoint.save(tmp_path / f'{name}.safetensors', {'x': torch.zeros(1)}, {'last_round': {3: 2, 5: 1}})
     (tmp_path / 'user5-2.safetensors.partial').write_bytes(b'half')
-    kept = checkpoint.rounds_of_users(tmp_path, 2)
-    assert kept == {3: 2, 5: 1}
-    checkpoint.remove_others(tmp_path, kept)
-    assert {file.name for file in tmp_path.iterdir()} == {'user3-2.safetensors', 'user5-1.safetensors', 'round.safetensors'}
+    assert checkpoint.rounds(tmp_path) == [0, 1, 2]
+    assert checkpoint.check(tmp_path, 2)[1]['last_round'] == {3: 2, 5: 1}
+    checkpoint.remove_others(tmp_path, (2, {3: 2, 5: 1}), (1, {3: 1, 5: 1}))
+    kept = {file.name.removesuffix('.safetensors') for file in tmp_path.iterdir()}
+    assert kept == {'round-2', 'round-1', 'user3-2', 'user3-1', 'user5-1'}
+    checkpoint.user_file(tmp_path, 5, 1).unlink()
+    with pytest.raises(ValueError, match='user5-1.safetensors cannot be read'):
+        checkpoint.check(tmp_path, 2)
 
 
 @pytest.mark.parametrize(

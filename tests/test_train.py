@@ -388,8 +388,11 @@ def test_a_run_is_never_overwritten_by_accident(train, tmp_path, capsys):
     assert 'made with another rounds, seed;' in refused(capsys, train, '--resume', '--seed=1', '--rounds=9')
     assert all(f.read_bytes() == content for f, content in files.items())
     train('--overwrite', '--seed=1')
-    (first.out / 'checkpoint' / 'round.safetensors').write_bytes(b'broken')
-    assert 'cannot be read' in refused(capsys, train, '--resume')
+    (first.out / 'checkpoint' / 'round-3.safetensors').write_bytes(b'broken')
+    err = refused(capsys, train, '--resume', '--seed=1')
+    assert 'round-3.safetensors is damaged' in err and 'round 2 is intact: delete' in err
+    (first.out / 'checkpoint' / 'round-2.safetensors').write_bytes(b'broken')
+    assert 'round-2.safetensors is damaged' in refused(capsys, train, '--resume', '--seed=1')
     (tmp_path / 'file').write_text('')
     assert 'is a file' in refused(capsys, train, f'--out_dir={tmp_path}/file')
 

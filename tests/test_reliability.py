@@ -1,0 +1,695 @@
+"""What is promised of crashes, bad files and bad users (SECURITY.md), each line with the figure that was reached.
+
+`make test` runs a short form of every line; `make reliability` (RELIABILITY=long) all of it, and prints the table."""
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import LONG, ROOT, user_streams, write_dataset
+from safetensors.torch import save
+from test_processes import RUNS, given
+from test_train import refused, same
+
+import checkpoint
+import data.stream
+import federate
+import lora_moe
+from eval import read_run
+from model import load_gpt
+
+pytestmark = pytest.mark.reliability
+
+RULES = {  # every rule that combines tensors, as a run of the three tiny users
+    name: RUNS[name]
+    for name in (
+        'fedavg',
+        'ffa',
+        'fedsa',
+        'median',
+        'trimmed_mean',
+        'weights',
+        'validation',
+        'predictions',
+        'hetlora',
+        'flora',
+        'flexlora',
+    )
+}
+
+
+def forks(jobs: list, accidents: list, n: int = 1) -> list[tuple]:
+    """(exit status, seconds from the signal to the end, stderr, samples) of every run; see several_runs.py."""
+    done = subprocess.run(
+        [sys.executable, 'tests/several_runs.py', str(n), json.dumps(jobs), json.dumps(accidents)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines() if line.startswith('[')]
+
+
+def state(out: Path) -> dict:
+    """All that a run leaves behind, but for clocks: what must be equal to the bit."""
+    found = {'metrics': (out / 'metrics.jsonl').read_bytes()}
+    for file in sorted([*(out / 'checkpoint').iterdir(), *(out / 'adapters').iterdir()]):
+        found[file.name] = file.read_bytes()
+        if file.name.startswith('round'):
+            tensors, facts = checkpoint.read(file)
+            facts['clock'] = {k: v for k, v in facts['clock'].items() if k not in ('seconds', 'training', 'checkpoints')}
+            found[file.name] = save(tensors), facts
+    return found
+
+
+@pytest.fixture(scope='module')
+def whole(tiny, tmp_path_factory):
+    """A run of five rounds that nothing happens to: (arguments but for the folder, what it leaves, its calls of each point)."""
+    out = tmp_path_factory.mktemp('whole') / 'run'
+    args = [*given(tiny, out, '--method=comigs_1gxs', '--n_experts=3,1,2'), '--rounds=5']
+    (status, _, err, _) = forks([args], [{'count': True}])[0]
+    assert status == 0, err
+    calls = json.loads(re.findall(r'calls (.*)', err)[-1])
+    return [arg for arg in args if not arg.startswith('--out_dir')], state(out), calls
+
+
+def go_on(args: list, out: Path) -> list[str]:
+    """The command that a person gives after a crash: --resume, or the same again if it had not begun."""
+    return [*args, f'--out_dir={out}', '--resume' if checkpoint.rounds(out / 'checkpoint') else '--overwrite']
+
+
+def cut_and_resume(whole, tmp_path: Path, accidents: list) -> tuple[list, int]:
+    """(the ends of the runs that were cut, how many of them came to the same bits in a second run)."""
+    args, expected, _ = whole
+    outs = [tmp_path / str(i) for i in range(len(accidents))]
+    ends = forks([[*args, f'--out_dir={out}'] for out in outs], accidents)
+    again = forks([go_on(args, out) for out in outs], [{}] * len(outs))
+    assert all(status == 0 for status, *_ in again), again
+    return ends, sum(state(out) == expected for out in outs)
+
+
+# ---- R1 to R4: crashes and damaged files ------------------------------------------------------------------------------
+def test_R1_killed_at_any_moment(whole, tmp_path, figure):
+    """kill -9 at random moments, one in three of them within a save; --resume comes to the same bits."""
+    n, rng, calls = 50 if LONG else 6, random.Random(1), whole[2]
+    accidents = []
+    for i in range(n):
+        point = rng.choice([*calls])
+        inside = {'signal': 9, 'at': point, 'call': rng.randint(1, calls[point])}
+        accidents.append(inside if i % 3 == 0 else {'signal': 9, 'after': rng.uniform(0.1, 1.5 if not LONG else 2.5)})
+    ends, good = cut_and_resume(whole, tmp_path, accidents)
+    killed = sum(status == -9 for status, *_ in ends)
+    figure('R1', f'{good}/{n} bit-identical after kill -9 ({killed} before their end)', good == n and killed >= n / 2)
+
+
+def test_R2_told_to_stop(whole, tmp_path, figure):
+    """SIGINT and SIGTERM: one line, exit code 130 or 143, at once; --resume comes to the same bits."""
+    n, rng = 20 if LONG else 4, random.Random(2)
+    accidents = [{'signal': (2, 15)[i % 2], 'after': rng.uniform(0.5, 1.2)} for i in range(n)]
+    ends, good = cut_and_resume(whole, tmp_path, accidents)
+    told = [end for end, accident in zip(ends, accidents) if end[0] == 128 + accident['signal']]
+    slowest = max(seconds for _, seconds, *_ in told)
+    assert all('the last finished round is kept' in err and 'Traceback' not in err for _, _, err, _ in told)
+    assert all(status in (0, 130, 143) for status, *_ in ends)
+    reached = f'{len(told)} stopped with 130 or 143 within {slowest:.1f} s, {good}/{n} bit-identical after --resume'
+    figure('R2', reached, good == n and slowest < 5 and len(told) >= n / 2)
+
+
+def test_R3_a_crash_at_each_step_of_a_save(whole, tmp_path, figure):
+    """Killed at each write, fsync, rename and deletion: a round that loads is always there once the first step is taken."""
+    args, _, calls = whole
+    every = [(point, call) for point in calls for call in range(1, calls[point] + 1)]
+    moments = every if LONG else random.Random(3).sample(every, 8)
+    outs = [tmp_path / f'{point}-{call}' for point, call in moments]
+    ends = forks([[*args, f'--out_dir={out}'] for out in outs], [{'signal': 9, 'at': p, 'call': c} for p, c in moments])
+    loads = 0
+    for out, (status, *_) in zip(outs, ends):
+        assert status == -9
+        finished = checkpoint.rounds(out / 'checkpoint')
+        trained = (out / 'metrics.jsonl').exists() and (out / 'metrics.jsonl').stat().st_size > 0
+        loads += bool(checkpoint.check(out / 'checkpoint', finished[-1])) if finished else not trained
+    figure(
+        'R3', f'{loads}/{len(moments)} crashes at write, fsync, rename, prune leave a round that loads', loads == len(moments)
+    )
+
+
+def test_R4_damaged_files(train, tmp_path, figure):
+    """Cut at 100 lengths, 1,000 bits flipped one at a time, in a round, a user's file and an adapter: refused, file named."""
+    out, rng, caught = train().out, random.Random(4), 0
+    files = [
+        out / 'checkpoint' / 'round-3.safetensors',
+        out / 'checkpoint' / 'user1-3.safetensors',
+        out / 'adapters' / 'user0.safetensors',
+    ]
+    for i in range(1100):
+        raw = bytearray(files[i % 3].read_bytes())
+        if i < 100:
+            raw = raw[: rng.randrange(len(raw))]
+        else:
+            at = rng.randrange(len(raw)) if i % 2 else rng.randrange(8 + int.from_bytes(raw[:8], 'little'))  # the header, too
+            raw[at] ^= 1 << rng.randrange(8)
+        bad = tmp_path / files[i % 3].name
+        bad.write_bytes(raw)
+        with pytest.raises(ValueError, match=f'{bad.name} is damaged'):
+            checkpoint.read(bad)
+        caught += 1
+    figure('R4', f'{caught}/1,100 damaged files refused by SHA-256 and named', caught == 1100)
+
+
+def test_R4_the_round_before_is_offered(train, capsys):
+    """A user's file of the last round is damaged: the line says what to delete, and doing so comes to the same bits."""
+    first = train()
+    expected, last = state(first.out), first.out / 'checkpoint' / 'round-3.safetensors'
+    damaged = first.out / 'checkpoint' / 'user2-3.safetensors'
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert 'user2-3.safetensors is damaged' in (err := refused(capsys, train, '--resume')) and f'delete {last}' in err
+    last.unlink()
+    train('--resume')
+    assert state(first.out) == expected
+
+
+# ---- R5: nothing that is loaded is executed ---------------------------------------------------------------------------
+class Hostile:
+    def __init__(self, marker: Path, how: str):
+        self.marker, self.how = marker, how
+
+    def __reduce__(self):
+        call = f'open({str(self.marker)!r}, "w").close()'
+        return {
+            'eval': (eval, (call,)),
+            'exec': (exec, (call,)),
+            'system': (os.system, (f'touch {self.marker}',)),
+            'popen': (subprocess.call, (['touch', str(self.marker)],)),
+            'open': (open, (str(self.marker), 'w')),
+        }[self.how]
+
+
+def test_R5_pickles_are_never_run(train, tiny, tmp_path, capsys, figure):
+    """Five pickles that would create a file, given to every path that loads one."""
+    import pickle
+
+    out, marker, tried = train().out, tmp_path / 'executed', 0
+    for how in ('eval', 'exec', 'system', 'popen', 'open'):
+        hostile = Hostile(marker, how)
+        plain, inside = tmp_path / 'plain.bin', tmp_path / 'zip.bin'
+        plain.write_bytes(pickle.dumps(hostile))
+        torch.save({'x': hostile}, inside)
+        objects = tmp_path / 'objects.npy'
+        np.save(objects, np.array([hostile], dtype=object), allow_pickle=True)
+        for bad in (plain, inside, objects):
+            folder = tmp_path / 'hub'
+            folder.mkdir(exist_ok=True)
+            shutil.copy(bad, folder / 'pytorch_model.bin')
+            (folder / 'config.json').write_text('{"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 8, "n_positions": 8}')
+            weights = tmp_path / 'weights.safetensors'
+            shutil.copy(bad, weights)
+            run = tmp_path / 'run-copy'
+            shutil.rmtree(run, ignore_errors=True)
+            shutil.copytree(out, run)
+            shutil.copy(bad, run / 'adapters' / 'user0.safetensors')
+            shutil.copy(bad, run / 'checkpoint' / 'round-3.safetensors')
+            stream = write_dataset(tmp_path / f'data-{how}-{bad.stem}', [user_streams(0, 300)])
+            shutil.copy(bad, stream / 'user0_train.bin')
+            for load in (
+                lambda: load_gpt(str(folder)),
+                lambda: load_gpt(str(weights)),
+                lambda: read_run(run),
+                lambda: checkpoint.read(run / 'checkpoint' / 'round-3.safetensors'),
+                lambda: data.stream.check_dataset(stream, 16, 257),
+                lambda: json.loads(bad.read_bytes()),
+            ):
+                with pytest.raises((ValueError, OSError)):
+                    load()
+                assert not marker.exists()
+                tried += 1
+    sources = [file.read_text() for folder in ('.', 'data') for file in sorted((ROOT / folder).glob('*.py'))]
+    banned = [word for text in sources for word in ('pickle.load', 'weights_only=False', 'allow_pickle=True') if word in text]
+    loads = [call for text in sources for call in re.findall(r'torch\.load\([^\n]*', text)]
+    ok = not marker.exists() and not banned and all('weights_only=True' in call for call in loads)
+    figure('R5', f'0 executions in {tried} loads of hostile pickles; {len(banned)} banned calls in the source', ok)
+
+
+# ---- R6, R7: what users send ------------------------------------------------------------------------------------------
+def by_hand(run, updates: list[dict]) -> dict | list[dict]:
+    """What the rule of a run makes of these updates, from the formulas in federate.py alone."""
+    present, rule = [*run.updates], run.aggregate
+    if rule in ('fedavg', 'ffa', 'fedsa'):
+        return {n: sum(u[n].double() for u in updates).div(len(updates)).float() for n in run.shared}
+    if rule == 'median':
+        return {n: torch.stack([u[n] for u in updates]).double().quantile(0.5, 0).float() for n in run.shared}
+    if rule == 'trimmed_mean':
+        return federate.trimmed_mean(updates, run.trim)
+    if rule == 'trust':
+        W = next(line['matrix'] for line in reversed(run.lines) if line['kind'] == 'trust')
+        return [{n: sum(w * u[n].double() for w, u in zip(row, updates)).float() for n in run.shared} for row in W]
+    experts = [{n: v for n, v in u.items() if 'generalists' in n} for u in updates]
+    attention = [{n: v for n, v in u.items() if 'generalists' not in n} for u in updates]
+    total = sum(run.n_train[i] for i in present)
+    weights = [run.n_train[i] / total for i in present]
+    scalings = [run.lora_alpha / math.sqrt(run.rank_of[i]) for i in present]
+    if rule == 'hetlora':
+        return federate.hetlora(experts, scalings) | federate.fedavg(attention)
+    if rule == 'flexlora':
+        return federate.flexlora(experts, weights, scalings) | federate.fedavg(attention)
+    gamma = [run.lora_alpha / math.sqrt(8)] * len(present)
+    return federate.flora(experts, weights, scalings) | federate.flora(attention, weights, gamma)
+
+
+def is_rule_of(run, admitted: list[int]) -> bool:
+    """Whether the last round combined the updates of these users, and of no other."""
+    if [*run.updates] != admitted:
+        return False
+    expected = by_hand(run, [run.sent[i] for i in admitted])
+    if isinstance(expected, list):
+        return all(close(run.own[i], own) for i, own in zip(admitted, expected))
+    return close({n: run.server[n] for n in expected}, expected) and all(v.isfinite().all() for v in run.server.values())
+
+
+def close(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.allclose(a[n], b[n], rtol=1e-5, atol=1e-7) for n in a)
+
+
+@pytest.fixture
+def runs_of_rules(train):
+    """run(rule, *args): one round of it."""
+    return lambda rule, *args: train(*RULES[rule], '--rounds=1', '--judge_windows=4', '--overwrite', *args, out=rule)
+
+
+def test_R6_nan_and_infinity(train, runs_of_rules, capsys, figure):
+    """One of three users sends NaN, or infinity: its number is named, and the result is that of the two others."""
+    good, tried = 0, 0
+    for rule in RULES:
+        for attack in ('nan', 'scale:1e400') if LONG else ('nan',):
+            run = runs_of_rules(rule, f'--attack={attack}')
+            lines = [line for line in run.lines if line['kind'] == 'refused']
+            named = 'what user 2 sent is refused' in capsys.readouterr().err
+            good += named and [line['user'] for line in lines] == [2] and is_rule_of(run, [0, 1])
+            tried += 1
+    run = train('--method=consensus', '--consensus_start=1', '--judge_windows=4', '--rounds=1', '--attack=nan', out='consensus')
+    good += [line['user'] for line in run.lines if line['kind'] == 'refused'] == [2] and [*run.predictions] == [0, 1]
+    for method in ('local', 'comigs_2s'):  # nothing leaves, so there is nothing to refuse
+        run = train(f'--method={method}', '--rounds=1', '--attack=nan', out=method)
+        good += not [line for line in run.lines if line['kind'] == 'refused']
+    figure('R6', f'{good}/{tried + 3} runs of every rule refuse NaN and infinity and combine the rest', good == tried + 3)
+
+
+def bad_updates(good: dict) -> dict:
+    """{what is wrong: the update}."""
+    first, rng = next(iter(good)), torch.Generator().manual_seed(0)
+    A = next((n for n in good if 'generalists' in n and n.endswith('.A')), first)
+    other = {
+        'missing': {n: v for n, v in good.items() if n != first},
+        'empty': {},
+        'extra': {**good, 'h.0.mlp.router.weight': good[first]},
+        'shape': {**good, first: good[first][:, :-1]},
+        'transposed': {**good, first: good[first].T},
+        'broadcastable': {**good, first: torch.zeros(1)},
+        'scalar': {**good, first: torch.tensor(0.0)},
+        'float64': {**good, first: good[first].double()},
+        'float16': {**good, first: good[first].half()},
+        'int64': {**good, first: good[first].long()},
+        'no tensor': {**good, first: 'rubbish'},
+        'none': {**good, first: None},
+        'higher rank': {**good, A: torch.randn(good[A].shape[0] + 1, *good[A].shape[1:], generator=rng)},
+        'lower rank': {**good, A: good[A][:-1]},
+        'nan': {**good, first: good[first] * math.nan},
+    }
+    return other
+
+
+def test_R7_every_other_kind_of_bad_update(runs_of_rules, figure):
+    """Names, shapes (nothing is broadcast), dtypes, ranks, weights: refused in one line that says what was expected."""
+    caught, tried = 0, 0
+    for rule in RULES:
+        run = runs_of_rules(rule)
+        expected = {i: run.asked_of(i) for i in range(3)}
+        how = {'lower_rank': rule == 'hetlora'}
+        for bad in bad_updates(run.sent[1]).values():
+            admitted, lines = federate.admit([(0, 5, run.sent[0]), (1, 5, bad), (2, 5, run.sent[2])], 5, expected, **how)
+            caught += [*admitted] == [0, 2] and [user for user, _ in lines] == [1] and '\n' not in lines[0][1]
+            tried += 1
+        admitted, lines = federate.admit([(i, 5, u) for i, u in run.sent.items()], 5, expected, **how)
+        assert [*admitted] == [0, 1, 2] and not lines
+    updates = [{'h.0.mlp.generalists.0.c_fc.A': torch.ones(2, 3), 'h.0.mlp.generalists.0.c_fc.B': torch.ones(4, 2)}] * 2
+    for weights in ([0.0, 1.0], [-1.0, 2.0], [math.nan, 1.0], [math.inf, 1.0], [0.0, 0.0], [1.0], [1.0, 1.0, 1.0]):
+        for rule in (
+            lambda u, w: federate.flora(u, w, [1, 1]),
+            lambda u, w: federate.flexlora(u, w, [1, 1]),
+            federate.weighted_sum,
+        ):
+            if rule is federate.weighted_sum and weights == [0.0, 1.0]:
+                continue  # a user that another trusts not at all
+            with pytest.raises(ValueError, match='weights') as error:
+                rule(updates, weights)
+            caught, tried = caught + ('\n' not in str(error.value)), tried + 1
+    figure('R7', f'{caught}/{tried} bad updates and weights refused, {len(RULES)} rules', caught == tried)
+
+
+# ---- R8: users that send rubbish which is finite ----------------------------------------------------------------------
+def test_R8_hostile_users(train, tmp_path, capsys, figure):
+    """One of 4 (and 3 of 10) scaled or noisy: with a robust rule the honest users stay within 5 % of the run without attack."""
+    worst, tried, warned = 0.0, 0, 0
+    sizes = {4: 1, 10: 3} if LONG else {4: 1}
+    attacks = ('scale:1e3', 'scale:1e6', 'noise:1e3') if LONG else ('scale:1e6',)
+    learn = ('--method=fedavg', '--rounds=8', '--local_steps=5', '--expert_lr=1e-2', '--eval_every=8', '--overwrite')
+    for n, hostile in sizes.items():
+        folder = write_dataset(tmp_path / f'users{n}', [user_streams(i % 3, 400) for i in range(n)])
+        for defence in (['--aggregate=median'], ['--aggregate=trimmed_mean', '--trim=0.3'], ['--clip_norm=2']):
+            of = lambda *attack: train(*learn, f'--dataset={folder}', *defence, *attack)  # noqa: B023, E731
+            clean = of().summary
+            assert clean['mean_test_ppl'] < 0.5 * np.mean(clean['pretrained_test_ppl'])  # it does learn
+            for attack in attacks:
+                ppl = of(f'--attack={attack}', f'--attackers={hostile}').summary['test_ppl']
+                worst = max(worst, *(a / b - 1 for a, b in zip(ppl[: n - hostile], clean['test_ppl'])))
+                tried += 1
+        capsys.readouterr()
+        try:
+            train(*learn, f'--dataset={folder}', '--attack=scale:1e3', f'--attackers={hostile}', '--rounds=2')
+        except SystemExit:
+            pass  # what the mean makes of it is no model any more
+        warned += f'what user {n - 1} sent is over ten times as large' in capsys.readouterr().err
+    reached = f'honest users at most {worst:+.1%} in {tried} attacks on median, trimmed mean, norm clipping; '
+    reached += f'fedavg warns {warned}/{len(sizes)}'
+    figure('R8', reached, worst < 0.05 and warned == len(sizes))
+
+
+# ---- R9 to R11, R13: who takes part, in what order --------------------------------------------------------------------
+def test_R9_missing_users(train, runs_of_rules, figure):
+    """Users away, or failing halfway through a round: exactly those present are combined; nobody present changes no bit."""
+    good, tried = 0, 0
+    for rule in RULES:
+        for args in (['--participation=0.7'], ['--failures=0.25'], ['--failures=0.5'], ['--failures=0.75'])[: 4 if LONG else 2]:
+            run = runs_of_rules(rule, *args, '--rounds=4' if LONG else '--rounds=2')
+            good += is_rule_of(run, run.present) if run.present else True
+            tried += 1
+        run = runs_of_rules(rule, '--failures=1', '--rounds=2')
+        start = {n: run.origin[n] for n in run.shared} if rule != 'flora' else {}
+        good += same(run.server, start) and same(run.base.state_dict(), load_gpt(run.init_from).state_dict())
+        tried += 1
+    figure('R9', f'{good}/{tried} runs combine exactly those present; nobody present changes no bit', good == tried)
+
+
+def test_R9_a_user_that_fails_goes_on_from_its_file(train):
+    """What it did in that round is lost, and its next is the same as if it had not taken part."""
+    run = train('--method=local', '--failures=0.5', '--rounds=6', '--seed=3')
+    rounds = {i: [line['round'] for line in run.lines if line['kind'] == 'comm' and line['user'] == i] for i in range(3)}
+    assert any(len(done) < 6 for done in rounds.values()) and {*rounds} == {*range(3)}
+    assert all(user.expert_steps == 2 * len(rounds[user.id]) for user in run.users)  # of 2 local steps a round
+
+
+@pytest.mark.parametrize('seed', [0])
+def test_R10_the_order_of_users(runs_of_rules, figure, seed):
+    """Updates that come in 20 other orders: the same bits from every rule."""
+    rng, good = random.Random(seed), 0
+    for rule in RULES:
+        run = runs_of_rules(rule)
+        messages, expected = [(i, 0, u) for i, u in run.sent.items()], {i: run.asked_of(i) for i in range(3)}
+        first = by_hand(run, [*federate.admit(messages, 0, expected)[0].values()])
+        for _ in range(20):
+            rng.shuffle(messages)
+            again = by_hand(run, [*federate.admit(messages, 0, expected)[0].values()])
+            good += all(map(same, first, again)) if isinstance(first, list) else same(first, again)
+    updates = [*run.sent.values()]
+    for combine in (federate.fedavg, federate.median, lambda u: federate.trimmed_mean(u, 0.4)):  # these without sorting by user
+        first = combine(updates)
+        for _ in range(20):
+            rng.shuffle(updates)
+            good += same(combine(updates), first)
+    tried = 20 * (len(RULES) + 3)
+    figure('R10', f'{good}/{tried} permutations of users give the same bits', good == tried)
+
+
+def test_R11_the_same_again(whole, tiny, train, tmp_path, figure):
+    """A new process; and with one user more, the others' batches and losses are what they were."""
+    args, expected, _ = whole
+    assert forks([[*args, f'--out_dir={tmp_path}/again']], [{}])[0][0] == 0
+    again = state(tmp_path / 'again') == expected
+    four = write_dataset(tmp_path / 'four', [user_streams(i, n) for i, n in enumerate((300, 500, 900, 400))])
+    three, more = train('--method=local', out='three'), train('--method=local', f'--dataset={four}', out='four')
+    of = lambda run: [line for line in run.lines if line['user'] < 3]  # noqa: E731
+    figure(
+        'R11',
+        f'a new process: {again}; one more user: the others identical: {of(three) == of(more)}',
+        again and of(three) == of(more),
+    )
+
+
+def test_R13_late_double_and_out_of_order(figure):
+    """1,000 interleavings of what four users send in three rounds, some of it twice, some of it late."""
+    counted, template = 0, {'x': torch.zeros(2)}
+    for seed in range(1000):
+        rng = random.Random(seed)
+        messages = [(user, t, {'x': torch.tensor([user, t + 0.5])}) for user in range(4) for t in range(3)]
+        messages += rng.choices(messages, k=8)
+        rng.shuffle(messages)
+        for t in range(3):
+            admitted, refused_ = federate.admit(messages, t, dict.fromkeys(range(3), template))  # user 3 takes no part
+            once = [*admitted] == [0, 1, 2] and all(update['x'].tolist() == [i, t + 0.5] for i, update in admitted.items())
+            counted += once and len(refused_) == len(messages) - 3
+            why = {user: line for user, line in refused_}
+            assert all('takes no part' in line for user, line in refused_ if user == 3) and 3 in why
+    figure('R13', f'{counted}/3,000 rounds of 1,000 interleavings count each user once and refuse the late', counted == 3000)
+
+
+# ---- R12: what leaves a device ----------------------------------------------------------------------------------------
+def test_R12_wire_audit(train, tiny, tmp_path, monkeypatch, figure):
+    """Every message holds the names of METHOD 0.5 and no other and has the bytes that are logged; specialists and routers are
+    filled with a marker that occurs in none: in one process by message, in two by all that is broadcast between them."""
+    marker, sent = 1.2345678e-3, []
+    needle = np.full(4, marker, '<f4').tobytes()
+    admit, initial = federate.admit, lora_moe.initial
+    monkeypatch.setattr(
+        federate, 'admit', lambda messages, *args, **how: sent.extend(messages) or admit(messages, *args, **how)
+    )
+    monkeypatch.setattr(
+        lora_moe,
+        'initial',
+        lambda name, shape, *key: initial(name, shape, *key) if key[1:2] == ('server',) else torch.full(shape, marker),
+    )
+    frozen, names, exact, hits, messages = ('--expert_lr=1e-30', '--router_lr=1e-30'), 0, 0, 0, 0
+    for args in (
+        ['--method=comigs_1g1s'],
+        ['--method=comigs_1gxs', '--n_experts=3', '--n_generalists=2'],
+        ['--method=pfedmoe'],
+        ['--share_attention=False'],
+        ['--aggregate=median'],
+        ['--method=comigs_2s'],
+        ['--method=pcl', '--trust=weights'],
+    ):
+        sent.clear()
+        run = train(*args, *frozen, out='audit' + str(messages))
+        logged = {(line['user'], line['round']): line['bytes_up'] for line in run.lines if line['kind'] == 'comm'}
+        own = {user.id: save({n: p.detach() for n, p in user.adapter.items()}) for user in run.users}
+        assert run.method == 'pcl' or all(needle in raw for raw in own.values())  # so a search does find it
+        for user, t, update in sent:
+            leaves = [
+                n
+                for n in run.users[user].adapter
+                if ('.generalists.' in n and run.shares) or (run.share_attention and '.attn.' in n)
+            ]
+            raw = save(update)
+            header = 8 + int.from_bytes(raw[:8], 'little')  # safetensors: 8 bytes, then names and shapes in JSON
+            names += sorted(update) == sorted(leaves)
+            exact += len(raw) - header == federate.n_bytes(update) == logged[user, t + 1]
+            hits += needle in raw
+            messages += 1
+    wire = tmp_path / 'wire'
+    job = given(tiny, tmp_path / 'two', '--method=comigs_1gxs', '--n_experts=3', '--n_generalists=1', *frozen)
+    assert forks([job], [{'audit': str(wire), 'mark': marker}], n=2)[0][0] == 0
+    hits += wire.read_bytes().count(needle)
+    assert needle in (tmp_path / 'two' / 'adapters' / 'user0.safetensors').read_bytes()
+    reached = f'{hits} hits of the marker in {messages} messages and {wire.stat().st_size:,} bytes between two processes; '
+    figure(
+        'R12', reached + f'names {names}/{messages}, bytes exact {exact}/{messages}', hits == 0 and names == exact == messages
+    )
+
+
+# ---- R14 to R16: bad input --------------------------------------------------------------------------------------------
+VALUES = ['', 'a b', "'x'", '\x00', 'é', '${HOME}', '/dev/null', '../..', '999999999999']
+VALUES += '0 1 2 3 -1 0.5 -0.5 1e-3 1e99 nan inf None True False () (1,) 1,2 1,2,3 4,2,2 0,1,2 [1] {} = --'.split()
+VALUES += 'own mixture median flora trust joint train learned mean full active none prefix scale:1e3 bfloat16'.split()
+
+
+def fuzzed(rng: random.Random, names: list[str], tmp_path: Path, i: int) -> list[str]:
+    """A command line of random switches and values; every third has a config file of such, or of plain rubbish."""
+    args = []
+    for name in rng.choices([*names, 'n_expertz', 'method', 'aggregate'], k=rng.randint(1, 4)):
+        value = rng.choice(['fedavg', 'pcl', 'hetlora', 'consensus', 'comigs_1gxs']) if name == 'method' else rng.choice(VALUES)
+        args.append(f'--{name}={value}' if rng.random() < 0.9 else f'--{name}')
+    if i % 3 == 0:
+        file = tmp_path / f'fuzz{i}.py'
+        lines = (
+            [f'{rng.choice(names)} = {rng.choice(VALUES)}' for _ in range(2)] if rng.random() < 0.7 else ['import (', '\x07']
+        )
+        file.write_text('\n'.join(lines))
+        args.insert(0, str(file))
+    return args
+
+
+def test_R14_fuzzed_command_lines(train, tmp_path, capsys, monkeypatch, figure):
+    """Random switches and config files: a run, or exit code 2 and one line. Nothing else."""
+    names = re.findall(r'^([a-z]\w*) += ', (ROOT / 'train.py').read_text().partition('# fmt: on')[0], re.M)
+    names = sorted(set(names) - {'out_dir', 'device', 'compile', 'rounds', 'tensorboard', 'wandb'})
+    n, ran, refused_, other = 1000 if LONG else 60, 0, 0, []
+    monkeypatch.chdir(tmp_path)
+    for i in range(n):
+        args = fuzzed(random.Random(i), names, tmp_path, i)
+        try:
+            train(*args, '--rounds=1', '--local_steps=1', '--overwrite', '--out_dir=fuzz')
+            ran += 1
+        except SystemExit as end:
+            err = [
+                line
+                for line in capsys.readouterr().err.splitlines()
+                if ': warning: ' not in line and 'is refused (' not in line
+            ]
+            stopped = isinstance(end.code, str) and 'training loss is' in end.code  # it ran, and diverged
+            ran, refused_ = ran + stopped, refused_ + (end.code == 2 and len(err) == 1)
+            if not stopped and not (end.code == 2 and len(err) == 1):
+                other.append((args, end.code, err))
+        except Exception as error:
+            other.append((args, type(error).__name__, str(error)[:200]))
+        capsys.readouterr()
+    assert not other, other[:5]
+    figure(
+        'R14',
+        f'{ran + refused_}/{n} fuzzed command lines run ({ran}) or are refused in one line ({refused_})',
+        ran + refused_ == n,
+    )
+
+
+def broken_data(folder: Path) -> dict:
+    """{what is wrong: a function that makes it so}."""
+
+    def meta(change):
+        found = json.loads((folder / 'meta.json').read_text())
+        change(found)
+        (folder / 'meta.json').write_text(json.dumps(found))
+
+    train_bin, valid_bin = folder / 'user1_train.bin', folder / 'user1_valid.bin'
+    user = lambda **facts: lambda m: m['users'][1].update(facts)  # noqa: E731
+    return {
+        'empty': lambda: train_bin.write_bytes(b''),
+        'short': lambda: train_bin.write_bytes(train_bin.read_bytes()[:20]),
+        'odd': lambda: train_bin.write_bytes(train_bin.read_bytes() + b'x'),
+        'missing split': valid_bin.unlink,
+        'vocabulary': lambda: valid_bin.write_bytes(np.full(200, 300, '<u2').tobytes()),
+        'hash': lambda: valid_bin.write_bytes(valid_bin.read_bytes()[::-1]),
+        'no meta': (folder / 'meta.json').unlink,
+        'meta is no JSON': lambda: (folder / 'meta.json').write_text('{"users": ['),
+        'meta is a list': lambda: (folder / 'meta.json').write_text('[]'),
+        'meta is binary': lambda: (folder / 'meta.json').write_bytes(b'\xff\xfe\x00'),
+        'no users': lambda: meta(lambda m: m.update(users=[])),
+        'users missing': lambda: meta(lambda m: m.pop('users')),
+        'dtype': lambda: meta(lambda m: m.update(dtype='O')),
+        'no dtype': lambda: meta(lambda m: m.pop('dtype')),
+        'vocab_size': lambda: meta(lambda m: m.update(vocab_size='many')),
+        'no tokenizer': lambda: meta(lambda m: m.pop('tokenizer')),
+        'tokens': lambda: meta(user(tokens={'train': 500})),
+        'token count': lambda: meta(user(tokens={'train': '500', 'valid': 200, 'test': 150})),
+        'no hash': lambda: meta(user(sha256={})),
+        'name': lambda: meta(user(name=7)),
+        'user is null': lambda: meta(lambda m: m['users'].append(None)),
+        'a folder': lambda: (train_bin.unlink(), train_bin.mkdir()),
+    }
+
+
+def test_R15_broken_data(train, tmp_path, capsys, figure):
+    caught = 0
+    for i, what in enumerate(kinds := [*broken_data(tmp_path)]):
+        folder = write_dataset(tmp_path / f'bad{i}', [user_streams(j, n) for j, n in enumerate((300, 500, 900))])
+        broken_data(folder)[what]()
+        err = refused(capsys, train, f'--dataset={folder}')
+        caught += str(folder) in err or 'user' in err
+        assert not (tmp_path / 'run').exists(), what
+    streams = [user_streams(j, n) for j, n in enumerate((300, 500, 900))]
+    streams[1]['valid'] = np.concatenate([streams[1]['train'][100:228], streams[1]['valid']])[:256]  # two of four windows of 64
+    folder = write_dataset(tmp_path / 'overlap', streams)
+    train(f'--dataset={folder}', '--rounds=0')
+    assert 'warning: a part of the validation text, 50% of its windows' in capsys.readouterr().err
+    figure(
+        'R15',
+        f'{caught}/{len(kinds)} kinds of broken data refused in one line; overlap of train and valid is told',
+        caught == len(kinds),
+    )
+
+
+def test_R16_resume_with_something_changed(train, tiny, tmp_path, capsys, figure):
+    first = train()
+    before = {file: file.read_bytes() for file in first.out.rglob('*') if file.is_file()}
+    fewer = write_dataset(tmp_path / 'two users', [user_streams(i, n) for i, n in enumerate((300, 500))])
+    torch.manual_seed(1)
+    base = tmp_path / 'base.safetensors'
+    shutil.copy(tiny.base, base)
+    raw = bytearray(base.read_bytes())
+    raw[-1] ^= 1
+    base.write_bytes(raw)
+    changes = {
+        '--lora_rank=4': 'lora_rank',
+        '--method=fedavg': 'method',
+        '--n_experts=2,2,3': 'n_experts',
+        '--seed=1': 'seed',
+        f'--dataset={fewer}': 'data',
+        f'--init_from={base}': 'base',
+        '--aggregate=median': 'aggregate',
+        '--target=mixture': 'target',
+        '--expert_lr=1e-3': 'expert_lr',
+        '--clip_norm=2': 'clip_norm',
+    }
+    caught = 0
+    for change, key in changes.items():
+        named = re.search('made with another (.*?);', refused(capsys, train, '--resume', change))[1].split(', ')
+        caught += key in named
+    assert before == {file: file.read_bytes() for file in first.out.rglob('*') if file.is_file()}
+    figure('R16', f'{caught}/{len(changes)} changes refused on --resume, the keys named', caught == len(changes))
+
+
+# ---- R17, R18: the machine --------------------------------------------------------------------------------------------
+def test_R17_disk_full_and_read_only(whole, tmp_path, figure):
+    """A file-size limit stands for a full disk: one line, and what was there loads; with room again, the same bits."""
+    args, expected, _ = whole
+    sizes = sorted(len(raw) for name, raw in expected.items() if name.startswith('user'))
+    limits = [sizes[0] - 1000, sizes[-1] + 500, len(expected['metrics']) // 2]
+    outs = [tmp_path / str(i) for i in range(len(limits))]
+    ends = forks([[*args, f'--out_dir={out}'] for out in outs], [{'limit': limit} for limit in limits])
+    lines = [err.strip().splitlines() for _, _, err, _ in ends]
+    told = sum(status == 1 and len(own) == 1 and 'cannot write' in own[0] for (status, *_), own in zip(ends, lines))
+    loads = sum(bool(checkpoint.check(out / 'checkpoint', checkpoint.rounds(out / 'checkpoint')[-1])) for out in outs)
+    assert all(status == 0 for status, *_ in forks([go_on(args, out) for out in outs], [{}] * 3))
+    good = sum(state(out) == expected for out in outs)
+    locked = tmp_path / 'locked'
+    locked.mkdir()
+    locked.chmod(0o555)
+    anybody = {'uid': 65534} if os.getuid() == 0 else {}
+    (status, _, err, _) = forks([[*args, f'--out_dir={locked}/run']], [anybody])[0]
+    read_only = status == 2 and err.count('\n') == 1 and ('cannot write' in err or 'Permission' in err)
+    reached = f'{told}/3 full disks end in one line, {loads}/3 still load, {good}/3 go on to the same bits; '
+    reached += f'read-only refused: {read_only}'
+    figure('R17', reached, told == loads == good == 3 and read_only)
+
+
+def test_R18_soak(tiny, tmp_path, figure):
+    """Memory, open files and threads of many rounds, after the first third."""
+    rounds = 300 if LONG else 60
+    job = [
+        *given(tiny, tmp_path / 'soak', '--method=comigs_1gxs', '--n_experts=3,1,2'),
+        f'--rounds={rounds}',
+        '--eval_every=10',
+    ]
+    (status, _, err, samples) = forks([job], [{'samples': True}])[0]
+    assert status == 0, err
+    samples = samples[len(samples) // 3 : -3]
+    memory, files, threads = zip(*samples)
+    growth = max(memory[len(memory) // 2 :]) / max(memory[: len(memory) // 2]) - 1
+    reached = f'{rounds} rounds: resident memory {growth:+.2%}, open files {sorted(set(files))}, threads {sorted(set(threads))}'
+    figure('R18', reached, growth < 0.01 and len(set(threads)) == 1 and max(files) - min(files) <= 2)
