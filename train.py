@@ -1007,7 +1007,7 @@ summary = {
     'seconds_per_round': seconds_of_rounds / max(1, rounds - start),
     'checkpoint_seconds': clock['checkpoints'] / max(1, rounds),  # of a round
     'tokens_per_second': clock['steps'] * batch_size * (len(names) if pooled else 1) * block_size / clock['training']
-    if rounds
+    if clock['steps']
     else None,
     'peak_rss_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024),
 }

@@ -99,7 +99,8 @@ def test_any_number_of_processes_gives_the_same_bits(tiny, alone, tmp_path, n, n
         assert not [key for key in a if a[key] != b[key] and 'second' not in key and key != 'peak_rss_bytes']
 
 
-def test_a_dead_process_ends_the_run_and_another_number_of_them_resumes_it(tiny, alone, tmp_path):
+@pytest.mark.reliability
+def test_a_dead_process_ends_the_run_and_another_number_of_them_resumes_it(tiny, tmp_path, figure):
     """One of three is killed while it trains: all end within seconds, with one line; two go on to the same bits."""
     args = [arg for arg in given(tiny, tmp_path / 'run', *RUNS['fedavg']) if not arg.startswith('--rounds')]
     whole = subprocess.run(
@@ -116,7 +117,8 @@ def test_a_dead_process_ends_the_run_and_another_number_of_them_resumes_it(tiny,
     os.kill(victim, signal.SIGKILL)
     began = time.time()
     _, err = running.communicate(timeout=60)
-    assert time.time() - began < 30 and running.returncode != 0
+    seconds = time.time() - began
+    assert seconds < 30 and running.returncode != 0
     ours = [line for line in err.splitlines() if 'has lost another one' in line]
     assert ours or 'SIGKILL' in err  # torchrun may have ended them before they noticed
     assert all('continue with --resume' in line for line in ours) and 'train.py", line' not in err
@@ -127,6 +129,7 @@ def test_a_dead_process_ends_the_run_and_another_number_of_them_resumes_it(tiny,
     assert (tmp_path / 'run' / 'metrics.jsonl').read_bytes() == (tmp_path / 'whole' / 'metrics.jsonl').read_bytes()
     for file in (tmp_path / 'whole' / 'adapters').iterdir():
         assert same(load_file(file), load_file(tmp_path / 'run' / 'adapters' / file.name))
+    figure('R19', f'one of three processes killed: all ended within {seconds:.1f} s, two went on to the same bits', True)
 
 
 def until(true, seconds: float = 60) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import LONG, ROOT, user_streams, write_dataset
+from safetensors import safe_open
 from safetensors.torch import save
 from test_processes import RUNS, given
 from test_train import refused, same
@@ -64,11 +65,14 @@ def state(out: Path) -> dict:
     """All that a run leaves behind, but for clocks: what must be equal to the bit."""
     found = {'metrics': (out / 'metrics.jsonl').read_bytes()}
     for file in sorted([*(out / 'checkpoint').iterdir(), *(out / 'adapters').iterdir()]):
-        found[file.name] = file.read_bytes()
-        if file.name.startswith('round'):
-            tensors, facts = checkpoint.read(file)
-            facts['clock'] = {k: v for k, v in facts['clock'].items() if k not in ('seconds', 'training', 'checkpoints')}
-            found[file.name] = save(tensors), facts
+        checkpoint.read(file)  # its SHA-256 is right; the order of metadata in a file is not fixed, so the files differ
+        with safe_open(file, 'pt') as f:
+            metadata = {
+                key: json.loads(text) if key == 'facts' else text for key, text in f.metadata().items() if key != 'sha256'
+            }
+            for clock in ('seconds', 'training', 'checkpoints'):
+                metadata['facts'].get('clock', {}).pop(clock, None)
+            found[file.name] = metadata, {name: f.get_tensor(name).numpy().tobytes() for name in f.keys()}
     return found
 
 
@@ -272,7 +276,8 @@ def is_rule_of(run, admitted: list[int]) -> bool:
     expected = by_hand(run, [run.sent[i] for i in admitted])
     if isinstance(expected, list):
         return all(close(run.own[i], own) for i, own in zip(admitted, expected))
-    return close({n: run.server[n] for n in expected}, expected) and all(v.isfinite().all() for v in run.server.values())
+    combined = run.stack if run.aggregate == 'flora' else {n: run.server[n] for n in run.shared}
+    return close(combined, expected) and all(v.isfinite().all() for v in combined.values())
 
 
 def close(a: dict, b: dict) -> bool:
@@ -280,9 +285,18 @@ def close(a: dict, b: dict) -> bool:
 
 
 @pytest.fixture
-def runs_of_rules(train):
-    """run(rule, *args): one round of it."""
-    return lambda rule, *args: train(*RULES[rule], '--rounds=1', '--judge_windows=4', '--overwrite', *args, out=rule)
+def runs_of_rules(train, monkeypatch):
+    """run(rule, *args): one round of it. FLoRA's server merges what it combined and forgets it, so that is noted: .stack"""
+    stacks, flora = [], federate.flora
+    monkeypatch.setattr(federate, 'flora', lambda *args: stacks.append(flora(*args)) or dict(stacks[-1]))
+
+    def run(rule, *args):
+        stacks[:] = [{}, {}]
+        found = train(*RULES[rule], '--rounds=1', '--judge_windows=4', '--overwrite', *args, out=rule)
+        found.stack = stacks[-2] | stacks[-1]
+        return found
+
+    return run
 
 
 def test_R6_nan_and_infinity(train, runs_of_rules, capsys, figure):
@@ -296,7 +310,9 @@ def test_R6_nan_and_infinity(train, runs_of_rules, capsys, figure):
             good += named and [line['user'] for line in lines] == [2] and is_rule_of(run, [0, 1])
             tried += 1
     run = train('--method=consensus', '--consensus_start=1', '--judge_windows=4', '--rounds=1', '--attack=nan', out='consensus')
-    good += [line['user'] for line in run.lines if line['kind'] == 'refused'] == [2] and [*run.predictions] == [0, 1]
+    good += [line['user'] for line in run.lines if line['kind'] == 'refused'] == [2] and [
+        line['users'] for line in run.lines if line['kind'] == 'trust'
+    ] == [[0, 1]]
     for method in ('local', 'comigs_2s'):  # nothing leaves, so there is nothing to refuse
         run = train(f'--method={method}', '--rounds=1', '--attack=nan', out=method)
         good += not [line for line in run.lines if line['kind'] == 'refused']
@@ -361,13 +377,22 @@ def test_R8_hostile_users(train, tmp_path, capsys, figure):
     worst, tried, warned = 0.0, 0, 0
     sizes = {4: 1, 10: 3} if LONG else {4: 1}
     attacks = ('scale:1e3', 'scale:1e6', 'noise:1e3') if LONG else ('scale:1e6',)
-    learn = ('--method=fedavg', '--rounds=8', '--local_steps=5', '--expert_lr=1e-2', '--eval_every=8', '--overwrite')
+    learn = (
+        '--method=fedavg',
+        '--rounds=4',
+        '--local_steps=5',
+        '--expert_lr=1e-2',
+        '--eval_every=4',
+        '--block_size=32',
+        '--overwrite',
+    )
+    learn += (f'--init_from={ROOT}/assets/base-tiny.safetensors',)  # perplexity 100 before, 4.5 after
     for n, hostile in sizes.items():
         folder = write_dataset(tmp_path / f'users{n}', [user_streams(i % 3, 400) for i in range(n)])
         for defence in (['--aggregate=median'], ['--aggregate=trimmed_mean', '--trim=0.3'], ['--clip_norm=2']):
             of = lambda *attack: train(*learn, f'--dataset={folder}', *defence, *attack)  # noqa: B023, E731
             clean = of().summary
-            assert clean['mean_test_ppl'] < 0.5 * np.mean(clean['pretrained_test_ppl'])  # it does learn
+            assert clean['mean_test_ppl'] < 0.1 * np.mean(clean['pretrained_test_ppl'])  # it does learn
             for attack in attacks:
                 ppl = of(f'--attack={attack}', f'--attackers={hostile}').summary['test_ppl']
                 worst = max(worst, *(a / b - 1 for a, b in zip(ppl[: n - hostile], clean['test_ppl'])))
@@ -419,7 +444,7 @@ def test_R10_the_order_of_users(runs_of_rules, figure, seed):
             rng.shuffle(messages)
             again = by_hand(run, [*federate.admit(messages, 0, expected)[0].values()])
             good += all(map(same, first, again)) if isinstance(first, list) else same(first, again)
-    updates = [*run.sent.values()]
+    updates = [*runs_of_rules('fedavg').sent.values()]
     for combine in (federate.fedavg, federate.median, lambda u: federate.trimmed_mean(u, 0.4)):  # these without sorting by user
         first = combine(updates)
         for _ in range(20):
@@ -545,7 +570,7 @@ def test_R14_fuzzed_command_lines(train, tmp_path, capsys, monkeypatch, figure):
     for i in range(n):
         args = fuzzed(random.Random(i), names, tmp_path, i)
         try:
-            train(*args, '--rounds=1', '--local_steps=1', '--overwrite', '--out_dir=fuzz')
+            train(*args, '--rounds=1', '--local_steps=1', '--overwrite')
             ran += 1
         except SystemExit as end:
             err = [
@@ -658,8 +683,8 @@ def test_R16_resume_with_something_changed(train, tiny, tmp_path, capsys, figure
 def test_R17_disk_full_and_read_only(whole, tmp_path, figure):
     """A file-size limit stands for a full disk: one line, and what was there loads; with room again, the same bits."""
     args, expected, _ = whole
-    sizes = sorted(len(raw) for name, raw in expected.items() if name.startswith('user'))
-    limits = [sizes[0] - 1000, sizes[-1] + 500, len(expected['metrics']) // 2]
+    sizes = sorted(sum(map(len, found[1].values())) for name, found in expected.items() if name.startswith('user'))
+    limits = [sizes[0] - 1000, sizes[-1] - 1000, len(expected['metrics']) // 2]
     outs = [tmp_path / str(i) for i in range(len(limits))]
     ends = forks([[*args, f'--out_dir={out}'] for out in outs], [{'limit': limit} for limit in limits])
     lines = [err.strip().splitlines() for _, _, err, _ in ends]
