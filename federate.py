@@ -69,7 +69,7 @@ def refusal(update: Tensors, expected: Tensors, lower_rank: bool = False, vocab_
         return 'it holds something that is no tensor'
     ranks = {v.shape[:1] for name, v in update.items() if 'generalists' in name and name.endswith('.A')}
     if lower_rank and len(ranks) == 1:
-        expected = truncate(expected, max(1, *ranks.pop(), 1))
+        expected = truncate(expected, max((1, *ranks.pop())))
     for name, want in expected.items():
         v = update[name]
         if (v.shape, v.dtype) != (want.shape, want.dtype):
@@ -88,24 +88,25 @@ def outliers(updates: dict[int, Tensors]) -> list[int]:
 
 
 def distance(update: Tensors, server: Tensors) -> float:
-    """|θ_k - θ|, Euclidean over all tensors; of those the server does not have, |θ_k|."""
-    return math.sqrt(
-        sum(
-            (v.cpu().double() - server[n].cpu() if n in server else v.cpu().double()).square().sum().item()
-            for n, v in update.items()
-        )
-    )
+    """|θ_k - θ|, Euclidean over all tensors; of those that the server does not have, |θ_k|."""
+    squares = 0.0
+    for name, v in update.items():
+        v = v.cpu().double()
+        squares += (v - server[name].cpu() if name in server else v).square().sum().item()
+    return math.sqrt(squares)
 
 
 def clipped(updates: list[Tensors], server: Tensors, c: float) -> list[Tensors]:
     """Norm clipping (Sun et al. 2019, 1911.07963): θ + (θ_k - θ) min(1, c m / |θ_k - θ|), θ the server's tensors that all
     started from, m the median user's |θ_k - θ|. One user can move the mean by c m / N, whatever it sends."""
     far = [distance(update, server) for update in updates]
-    most = c * statistics.median_low(far)
-    return [
-        u if d <= most else {n: (v + (server[n].to(v.device) - v.double()) * (1 - most / d)).to(v.dtype) for n, v in u.items()}
-        for u, d in zip(updates, far)
-    ]
+    most, bounded = c * statistics.median_low(far), []
+    for update, d in zip(updates, far):
+        if d > most:
+            start = {name: server[name].to(v.device).double() for name, v in update.items()}
+            update = like({name: start[name] + (v.double() - start[name]) * (most / d) for name, v in update.items()}, update)
+        bounded.append(update)
+    return bounded
 
 
 # ---- means of parameters -------------------------------------------------------------------------------------------

@@ -793,11 +793,14 @@ if resume:
     if aggregate == 'flora' and start:
         base.load_state_dict(checkpoint.part(tensors, 'base/'))
 federate.all_gather({})  # all have checked and read before anything is written
-if process == 0 and resume:
-    os.truncate(out / 'metrics.jsonl', facts['metrics_bytes'])  # lines of a round that was not finished are run again
+superseded = []  # users' files that only the round before the last one needs
+if resume:
     needed = [(start, last_round)]
     with contextlib.suppress(ValueError):  # there is no round before, or it is damaged
         needed.append((start - 1, checkpoint.read_round(kept_in, start - 1)[1]['last_round']))
+        superseded = [checkpoint.user_file(kept_in, i, r) for i, r in needed[1][1].items() if last_round[i] != r]
+if process == 0 and resume:
+    os.truncate(out / 'metrics.jsonl', facts['metrics_bytes'])  # lines of a round that was not finished are run again
     checkpoint.remove_others(kept_in, *needed)
 elif process == 0:
     try:
@@ -835,7 +838,6 @@ elif process == 0:
         die(f'cannot write to --out_dir={out_dir}: {error.strerror}')
 federate.all_gather({})
 metrics = open(out / 'metrics.jsonl', 'ab', buffering=0) if process == 0 else None
-superseded = []  # users' files that only the round before the last one needs
 
 # ---- Algorithm 1 ---------------------------------------------------------------------------------------------------
 n_present = max(1, round(participation * N))
@@ -901,11 +903,11 @@ for t in range(start, rounds):
                     )
             bar.update()
             bar.set_postfix({'round': t + 1, 'user': user.name, 'loss': f'{ce:.3f}', 'test ppl': tested_so_far})
+        clock['training'] += time.time() - tic
         if user.id in failing:
             continue
         if aggregate == 'hetlora' and federate.tail_norm(user.adapter, user.rank, prune_gamma) < tail:
             prune(user)
-        clock['training'] += time.time() - tic
         if (last or (t + 1) % eval_every == 0) and user.id in tested:  # after local steps, before aggregation
             test_perplexity(user, user.model, 'local')
     present = [i for i in present if i not in failing]

@@ -76,9 +76,13 @@ def prepare(accident: dict) -> None:
             setattr(owner, name, counted(point, getattr(owner, name)))
 
 
-def sample(pid: int) -> list[int]:
+def sample(pid: int) -> list[int] | bool:
     status = dict(line.split(':', 1) for line in Path(f'/proc/{pid}/status').read_text().splitlines())
-    return [int(status['VmRSS'].split()[0]) * 1024, len(os.listdir(f'/proc/{pid}/fd')), int(status['Threads'])]
+    return 'VmRSS' in status and [
+        int(status['VmRSS'].split()[0]) * 1024,
+        len(os.listdir(f'/proc/{pid}/fd')),
+        int(status['Threads']),
+    ]
 
 
 def main() -> None:
@@ -111,7 +115,7 @@ def main() -> None:
                 os.kill(pid, accident['signal'])
             told = time.time()
         while 'samples' in accident and not os.waitid(os.P_PID, children[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            samples.append(sample(children[0]))
+            samples += filter(None, [sample(children[0])])  # it may just have ended
             time.sleep(0.1)
         ends = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
         if accidents:

@@ -99,7 +99,10 @@ def cut_and_resume(whole, tmp_path: Path, accidents: list) -> tuple[list, int]:
     ends = forks([[*args, f'--out_dir={out}'] for out in outs], accidents)
     again = forks([go_on(args, out) for out in outs], [{}] * len(outs))
     assert all(status == 0 for status, *_ in again), again
-    return ends, sum(state(out) == expected for out in outs)
+    found = [state(out) for out in outs]
+    for accident, own in zip(accidents, found):  # shown if the test fails
+        print(accident, [name for name in own.keys() | expected.keys() if own.get(name) != expected.get(name)])
+    return ends, sum(own == expected for own in found)
 
 
 # ---- R1 to R4: crashes and damaged files ------------------------------------------------------------------------------
