@@ -3,6 +3,7 @@
     python eval.py out/demo                                      # one run: test, valid, generalist alone, routing per layer
     python eval.py out/demo --target=mixture                     # the same users on other text
     python eval.py out/a out/b out/c --target=own,mixture        # several runs: one table of test perplexities
+    python eval.py out/demo --routing_html                       # out/demo/routing.html: each token in the colour of its expert
 
 The report of one run is also written to RUN/eval.json. Nothing is drawn at random and nothing of the run is changed."""
 
@@ -15,13 +16,15 @@ import os
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 import torch
 from tqdm import tqdm
 
 import checkpoint
 import federate
+import routing as page
 from configurator import die
-from data.stream import load_dataset
+from data.stream import encoding, load_dataset
 from lora_moe import add_lora, roles
 from model import GPT, fast_fp32, load_gpt, store_in_bf16
 
@@ -33,19 +36,11 @@ def evaluate(model: GPT, tokens: np.ndarray, block_size: int) -> dict:
     Every token but the first is predicted once, in non-overlapping windows of block_size (the last may be shorter), so no
     sampling. Returns loss (nats per token, without load balancing), ppl = exp(loss), tokens, and for a model with routers
     scores (L, E): mean softmax score of every expert in every layer, top1 (L, E): share of tokens whose best it is."""
-    device = model.wte.weight.device
-    n = len(tokens) - 1
-    stream = torch.from_numpy(np.asarray(tokens).astype(np.int64))
-    whole = n // block_size * block_size
-    x, y = stream[:whole].view(-1, block_size), stream[1 : whole + 1].view(-1, block_size)  # (windows, T) each
-    rows = max(1, (1024 if device.type == 'cpu' else 2**14) // block_size)  # at a time: activations in a CPU's cache
-    batches = [*zip(x.split(rows), y.split(rows))] if whole else []
-    if whole < n:
-        batches.append((stream[None, whole:n], stream[None, whole + 1 :]))
-    total, scores, top1 = 0.0, None, None
+    n, total, scores, top1 = len(tokens) - 1, 0.0, None, None
     quiet = None if os.environ.get('RANK', '0') == '0' else True  # of several processes one shows progress
+    batches = windows(tokens, block_size, model.wte.weight.device)
     for x, y in tqdm(batches, desc='evaluate', delay=2, leave=False, disable=quiet):  # shown if it takes long
-        loss, routing = model.loss(x.to(device), y.to(device))
+        loss, routing = model.loss(x, y)
         total += loss.item() * y.numel()
         if routing[0] is not None:
             E = routing[0].probs.shape[1]
@@ -59,6 +54,30 @@ def evaluate(model: GPT, tokens: np.ndarray, block_size: int) -> dict:
         'scores': None if scores is None else (scores / n).tolist(),
         'top1': None if top1 is None else (top1 / n).tolist(),
     }
+
+
+def windows(tokens: np.ndarray, block_size: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A stream as batches of windows that do not overlap, and a last, shorter one: x, y (rows, T) each, y one token later."""
+    n = len(tokens) - 1
+    stream = torch.from_numpy(np.asarray(tokens).astype(np.int64)).to(device)
+    whole = n // block_size * block_size
+    x, y = stream[:whole].view(-1, block_size), stream[1 : whole + 1].view(-1, block_size)  # (windows, T) each
+    rows = max(1, (1024 if device.type == 'cpu' else 2**14) // block_size)  # at a time: activations in a CPU's cache
+    batches = [*zip(x.split(rows), y.split(rows))] if whole else []
+    return batches + [(stream[None, whole:n], stream[None, whole + 1 :])] if whole < n else batches
+
+
+@torch.no_grad()
+def token_scores(model: GPT, tokens: np.ndarray, block_size: int) -> tuple[float, np.ndarray]:
+    """(loss, scores): mean cross-entropy in nats per token, and (L, T, E) float32, the softmax scores of all E experts in
+    each layer for each of the T = len(tokens) - 1 tokens that predict one, in evaluate's windows. A layer without a router
+    (a user with one expert) scores 1."""
+    total, scores = 0.0, []
+    for x, y in windows(tokens, block_size, model.wte.weight.device):
+        loss, routing = model.loss(x, y)
+        total += loss.item() * y.numel()
+        scores.append(torch.stack([x.new_ones(x.numel(), 1).float() if r is None else r.probs for r in routing]).cpu())
+    return total / (len(tokens) - 1), torch.cat(scores, 1).numpy()
 
 
 def perplexity(loss: float) -> float:
@@ -230,15 +249,75 @@ def report_one(run: Path, config: dict, models: list, generalist: GPT | None, st
     print(f'\nwrote {run}/eval.json')
 
 
+def experts_of(config: dict) -> list[int]:
+    """Number of experts of each user whose text a run is tested on."""
+    n = config['n_experts']
+    ids = range(len(config['users'])) if config['pooled'] else config['tested']
+    return [n[i] if isinstance(n, list) else n for i in ids]
+
+
+def check_routers(run: Path, config: dict) -> None:
+    """Raises ValueError unless some user of the run chooses between experts."""
+    if config['router'] == 'mean' or max(experts_of(config)) == 1:
+        why = 'its users have one expert each' if max(experts_of(config)) == 1 else 'all experts count alike (router=mean)'
+        raise ValueError(
+            f'--routing_html: {run} ({config["method"]}) has no routers, {why}; these methods have them: comigs_2s, comigs_2g, '
+            'comigs_1g1s, comigs_1gxs, comigs_1g1s_tr, local_moe, fedavg_moe, local_moe_tr, fedavg_moe_tr, pfedmoe'
+        )
+
+
+def report_routing(run: Path, config: dict, models: list, streams: list, enc: tiktoken.Encoding, n_shown: int) -> None:
+    """Every user's own test text under every user's model, token by token: writes RUN/routing.html, prints who routes where."""
+    names, k, T = names_of(config), config['n_generalists'], config['block_size']
+    # a user that has not taken part yet has no router where it should have one
+    ready = [i for i, n in enumerate(experts_of(config)) if n == 1 or getattr(models[i].h[0].mlp, 'router', None) is not None]
+    if not ready:
+        die(f'--routing_html: no user of {run} has taken part in a round yet: wait for the next')
+    shown = sorted({ready[round(j * (len(ready) - 1) / 7)] for j in range(8)})  # 8 of many
+    readers = [('all', models[0])] if config['pooled'] else [(names[i], models[i]) for i in shown]
+    texts = []
+    with tqdm(total=len(shown) * len(readers), desc='routing', disable=None, leave=False) as bar:
+        for row, i in enumerate(shown):
+            tokens = streams[i]['test'][: page.COUNTED + 1]
+            seen = tokens[:-1]  # the last one is only predicted
+            text = page.passage(names[i], seen[:n_shown], enc) | {'counted': len(seen), 'cells': []}
+            for column, (name, model) in enumerate(readers):
+                loss, scores = token_scores(model, tokens, T)  # (L, T, E)
+                if not np.isfinite(scores).all():
+                    die(f'--routing_html: the model of {name} in {run} has scores that are no numbers: its training diverged')
+                text['cells'].append(page.cell(perplexity(loss), scores, k, n_shown))
+                if column == min(row, len(readers) - 1):
+                    text |= {'own': column, 'extremes': page.extremes(seen, scores, k, enc)}
+                bar.update()
+            texts.append(text)
+    facts = {'run': run.resolve().name} | {key: Path(config[key]).name for key in ('method', 'dataset', 'init_from')}
+    facts |= {'tokenizer': enc.name, 'block_size': T, 'generalists': k, 'users': len(config['users'])}
+    facts |= {'models': [name for name, _ in readers], 'texts': texts}
+    (run / 'routing.html').write_text(page.html(facts), encoding='utf-8')
+    print('share of tokens whose top-1 expert is a generalist, mean over layers, and perplexity: test text (row) under model')
+    rows = [[t['name'], *(f'{mean(c["share"]):.3f} / {cell(c["ppl"])}' for c in t['cells'])] for t in texts]
+    print(table(['text', *facts['models']], rows))
+    print(f'\nwrote {run}/routing.html ({(run / "routing.html").stat().st_size / 1e6:.2f} MB)')
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='+', type=Path, metavar='RUN', help='folder of a run (its --out_dir)')
     parser.add_argument('--target', help="own, mixture, or both: own,mixture (default: the run's own)")
     parser.add_argument('--init_from', help="the base model, if it is no longer where the run's configuration says")
     parser.add_argument('--device', help='cpu, cuda, cuda:N, mps (default: as the run)')
+    parser.add_argument('--routing_html', action='store_true', help='write RUN/routing.html: which expert takes which token')
+    parser.add_argument('--passage_tokens', type=int, help='of each text on that page (default: 400 bytes, or 150 tokens)')
     args = parser.parse_args()
     try:
         first = read_run(args.runs[0])[0]
+        if args.passage_tokens is not None and (args.passage_tokens < 1 or not args.routing_html):
+            die(f'--passage_tokens={args.passage_tokens}: expected a number >= 1, together with --routing_html')
+        if args.routing_html:
+            if len(args.runs) > 1 or args.target not in (None, 'own'):
+                die("--routing_html is a page of one run, and of every user's own test text: give one RUN, and no --target")
+            args.target = 'own'
+            check_routers(args.runs[0], first)
         targets = (args.target or first['target']).split(',')
         if not set(targets) <= {'own', 'mixture'} or (len(args.runs) == 1 and len(targets) > 1):
             die(f'--target={args.target}: expected own or mixture; both, with a comma, only for a table of several runs')
@@ -255,10 +334,16 @@ def main() -> None:
             same = all(config[k] == first[k] for k in ('base_sha256', 'dataset', 'block_size'))
             if not same or names_of(config) != names_of(first):
                 die(f'{run} has another base, other text or other windows than {args.runs[0]}: a table needs the same')
+        if args.routing_html:
+            enc = encoding(json.loads(Path('data', first['dataset'], 'meta.json').read_text(encoding='utf-8'))['tokenizer'])
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         die(error)
     autocast = torch.autocast(torch.device(first['device']).type, torch.bfloat16)
     with autocast if first['dtype'] == 'bfloat16' else contextlib.nullcontext():
+        if args.routing_html:
+            run, n_shown = args.runs[0], args.passage_tokens or (400 if enc.name == 'bytes' else 150)
+            report_routing(run, *loaded[run][:2], data[run, 'own'], enc, n_shown)
+            return
         if len(args.runs) == 1:
             report_one(args.runs[0], *loaded[args.runs[0]], data[args.runs[0], targets[0]], targets[0])
             return
