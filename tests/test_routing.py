@@ -21,11 +21,12 @@ from data.stream import encoding
 from eval import evaluate, token_scores
 
 HOSTILE = '</script><img src=x onerror="document.title=1"><!-- <b>&amp;</b> \u2028\u2029 é—👩\r\n\t ]]> {{data}}'
+BYTES = {bytes([i]): i for i in range(256)}
 # pieces that begin, end and cut characters: é is C3 A9, — is E2 80 94
 MERGED = tiktoken.Encoding(
     'gpt2',
     pat_str=r'(?s).+',
-    mergeable_ranks={b: i for i, b in enumerate([*(bytes([i]) for i in range(256)), b'ab', b'\xa9\xe2', b'\x80\x94', b'abab'])},
+    mergeable_ranks=BYTES | {b'ab': 256, b'\xa9\xe2': 257, b'\x80\x94': 258, b'abab': 259},
     special_tokens={},
 )
 
@@ -264,11 +265,12 @@ browser = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', '
 @pytest.mark.skipif(browser is None, reason='no Chromium to look at the page with')
 def test_in_a_browser_text_is_text(tmp_path):
     """A text and names full of HTML are on the page, character by character; no element comes from them, no script runs."""
-    enc = encoding('bytes')
-    tokens = np.array(enc.encode_ordinary(HOSTILE))
+    image = '<img src=x onerror=document.title=1>'  # short enough for a name, and here one token
+    enc = tiktoken.Encoding('gpt2', pat_str='', mergeable_ranks={**BYTES, image.encode(): 256}, special_tokens={})
+    tokens = np.array([*HOSTILE.encode(), 256])
     scores = np.random.default_rng(0).dirichlet([1, 1, 1], (2, len(tokens)))
     texts = [
-        routing.passage(HOSTILE, tokens, enc)
+        routing.passage(image, tokens, enc)
         | {
             'counted': len(tokens),
             'own': i,
@@ -277,19 +279,19 @@ def test_in_a_browser_text_is_text(tmp_path):
         | {'cells': [routing.cell(float('inf'), scores, 1, len(tokens)) for _ in range(2)]}
         for i in range(2)
     ]
-    facts = dict.fromkeys(('run', 'init_from', 'method', 'dataset', 'tokenizer'), HOSTILE)
-    facts |= {'generalists': 1, 'block_size': 16, 'users': 2, 'models': [HOSTILE] * 2, 'texts': texts}
+    facts = dict.fromkeys(('run', 'init_from', 'method', 'dataset', 'tokenizer'), image)
+    facts |= {'generalists': 1, 'block_size': 16, 'users': 2, 'models': [image, HOSTILE], 'texts': texts}
     (tmp_path / 'page.html').write_text(routing.html(facts), encoding='utf-8')
     command = [browser, '--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={tmp_path}/profile', '--dump-dom']
     address = f'file://{tmp_path}/page.html#layer=1&model=all'
     dom = subprocess.run([*command, address], capture_output=True, text=True, timeout=120).stdout
     drawn = re.sub(r'<script.*?</script>', '', dom, flags=re.DOTALL)
-    assert not re.search(r'<(img|b)[^>]*(onerror|src)', drawn) and '<!--' not in drawn
-    assert re.search('<title>(.*?)</title>', drawn, re.DOTALL)[1].startswith('Routing: &lt;/script&gt;&lt;img src=x')
+    assert '<img' not in drawn and '<!--' not in drawn
+    assert unescape(re.search('<title>(.*?)</title>', drawn, re.DOTALL)[1]) == f'Routing: {image}'
     passages = re.findall(r'<div class="passage".*?</div>', drawn, re.DOTALL)
     assert len(passages) == 4 and all(passage.count('class="token') == len(tokens) for passage in passages)
     shown = re.sub(r'<i class="mark">(.*?)</i>', r'\1', passages[0])
     shown = unescape(re.sub(r'<[^>]*>', '', shown))
     for mark, text in (('↵', ''), ('⇥', ''), ('␍', '\r'), ('U+2028', '\u2028'), ('U+2029', '\u2029')):
         shown = shown.replace(mark, text)
-    assert shown == HOSTILE
+    assert shown == HOSTILE + image
