@@ -114,16 +114,17 @@ def table(header: list, rows: list[list], left: int = 1) -> str:
     return '\n'.join([lines[0], '-' * max(map(len, lines)), *lines[1:]])
 
 
-def read_run(run: Path) -> tuple[dict, list[dict], dict]:
-    """(config, every tested user's tensors, the server's tensors) of a run. A finished run has adapters/, a running one its
-    checkpoint; {} for a user that has not taken part yet. Raises ValueError or OSError naming what is missing; never
-    executes code from a file."""
+def read_run(run: Path, ids: list[int] | None = None) -> tuple[dict, list[dict], dict]:
+    """(config, tensors of these users (None: of every tested one), the server's tensors) of a run. A finished run has
+    adapters/, a running one its checkpoint; {} for a user that has not taken part yet. Raises ValueError or OSError naming
+    what is missing; never executes code from a file."""
     try:
         config = json.loads((run / 'config.json').read_text())
     except FileNotFoundError:
         raise ValueError(f'{run} is no run: it has no config.json') from None
+    ids = tested(config) if ids is None else ids
     if (run / 'summary.json').exists():
-        users = [checkpoint.read(run / 'adapters' / f'user{i}.safetensors')[0] for i in tested(config)]
+        users = [checkpoint.read(run / 'adapters' / f'user{i}.safetensors')[0] for i in ids]
         server_file = run / 'adapters' / 'server.safetensors'
         return config, users, checkpoint.read(server_file)[0] if server_file.exists() else {}
     folder = run / 'checkpoint'
@@ -133,8 +134,7 @@ def read_run(run: Path) -> tuple[dict, list[dict], dict]:
     tensors, facts = checkpoint.read_round(folder, done[-1])
     server, last_round = checkpoint.part(tensors, 'server/'), facts['last_round']
     users = [
-        checkpoint.read(checkpoint.user_file(folder, i, last_round[i]), 'adapter/')[0] if i in last_round else {}
-        for i in tested(config)
+        checkpoint.read(checkpoint.user_file(folder, i, last_round[i]), 'adapter/')[0] if i in last_round else {} for i in ids
     ]
     return config, users, server if config['aggregate'] in federate.ONE_MODEL else {}
 
@@ -179,6 +179,8 @@ def models_of(run: Path, base: GPT) -> tuple[dict, list[GPT], GPT | None]:
         checkpoint.read(merged)  # its SHA-256
         base = load_gpt(str(merged)).to(base.wte.weight.device)
     generalist = rebuild(base, server, k, k, rank[0], config, routed=False) if server and k else None
+    if config.get('init_adapter') and not generalist and not all(users):
+        raise ValueError(f'{run} has users that still wait with its --init_adapter, which is not in its files: let it finish')
     models = [
         rebuild(base, tensors, n[i], k, rank[i], config, config['router'] != 'mean') if tensors else generalist or base
         for i, tensors in zip(tested(config), users)

@@ -46,6 +46,7 @@ method = 'comigs_1g1s'          # a row of METHODS below; sets the switches of t
 dataset = 'demo'                # folder under data/, made by data/prepare.py
 target = 'own'                  # valid and test text: 'own' category, or a 'mixture' of all users' categories
 init_from = 'gpt2'              # gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder or a .safetensors file
+init_adapter = ''               # folder of a PEFT LoRA adapter that generalists and attention LoRAs start from; '': fresh ones
 out_dir = 'out/run'             # everything this run writes
 resume = False                  # continue the run in out_dir from its last finished round
 overwrite = False               # replace the run in out_dir
@@ -213,6 +214,11 @@ if fuse and (participation < 1 or test_users or failures):
     die('--fuse ends with a search by every user: it needs --participation=1, --failures=0 and --test_users=0')
 if ghost_noise and min(batch_size, micro_batch_size) < 2:
     die(f'--ghost_noise={ghost_noise} draws other sequences of a micro-batch: --micro_batch_size must be 2 or more')
+if init_adapter and (not n_generalists or aggregate == 'flora'):
+    die(
+        '--init_adapter is what the generalists start from: it needs --n_generalists=1 or more, and not --aggregate=flora, '
+        'whose LoRAs start anew every round (merge the adapter into the base of --init_from instead)'
+    )
 asks_public = aggregate == 'consensus' or (aggregate, trust) == ('trust', 'predictions')
 if public_text and not asks_public:
     die(f'--public_text={public_text} is read by --aggregate=consensus and --trust=predictions only')
@@ -293,6 +299,8 @@ if shares and aggregate not in ('hetlora', 'flexlora', 'flora') and len(set(rank
         f'--aggregate={aggregate} averages tensors of one shape: --lora_rank must be the same for all users '
         '(hetlora, flexlora, flora and consensus take any)'
     )
+if init_adapter and len(set(rank_of)) > 1:
+    die(f'--init_adapter needs one --lora_rank for all users, not {",".join(map(str, rank_of))}: their scaling depends on it')
 if dtype == 'auto':
     dtype = 'bfloat16' if device_type == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
 autocast = torch.autocast(device_type, torch.bfloat16) if dtype == 'bfloat16' else contextlib.nullcontext()
@@ -315,7 +323,20 @@ _, role, adapter = build(rank_of.index(max(rank_of)))  # a user of the largest r
 common = federate.shared_names(role, share_attention) if shares else []  # these start equal in all users
 shared = [name for name in common if name[-1] in {'ffa': 'B', 'fedsa': 'A'}.get(aggregate, 'AB')]  # these leave every round
 origin = {name: initial(name, adapter[name].shape, seed, 'server') for name in common}
+adapter_sha256 = None
+if init_adapter:  # private attention LoRAs start from it, too
+    from export import read_peft
+
+    fresh = [name for name in role if role[name] in ('generalist', 'attention')]
+    fresh = {name: initial(name, adapter[name].shape, seed, 'server') for name in fresh}
+    try:
+        found, adapter_sha256 = read_peft(Path(init_adapter), fresh, lora_alpha)
+    except (OSError, ValueError) as error:
+        die(f'--init_adapter: {error}')
+    origin |= found
 server = {name: origin[name] for name in shared} if aggregate != 'flora' else {}  # what everybody's next round starts from
+if aggregate == 'flexlora':  # its server's scale is 1 (`federate.of_rank`)
+    server |= {n: v * lora_alpha / math.sqrt(rank_of[0]) for n, v in server.items() if n.endswith('.B') and 'generalists' in n}
 
 
 def wake(i: int) -> SimpleNamespace:
@@ -755,10 +776,11 @@ def git_commit() -> str:
 
 
 # what must be the same for a run to be continued: the base, the data and every switch that shapes the numbers
-free = ('out_dir', 'resume', 'overwrite', 'device', 'init_from', 'dataset')
+free = ('out_dir', 'resume', 'overwrite', 'device', 'init_from', 'init_adapter', 'dataset')
 identity = {
     **{k: v for k, v in config.items() if k not in free},
     'base': base_sha256,
+    'adapter': adapter_sha256,
     'data': hashlib.sha256(json.dumps([u['sha256'] for u in meta['users']]).encode()).hexdigest(),
     'public': None if public is None else hashlib.sha256(public.cpu().numpy().tobytes()).hexdigest(),
 }
@@ -827,6 +849,7 @@ elif process == 0:
                         'versions': versions,
                         'git_commit': git_commit(),
                         'base_sha256': identity['base'],
+                        'adapter_sha256': adapter_sha256,
                         'users': names,
                         'tested': tested,
                     },

@@ -1,0 +1,423 @@
+"""export.py: transformers and PEFT load what it writes and compute the same; what PEFT wrote starts a run."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from test_train import refused
+
+os.environ['HF_HUB_OFFLINE'] = '1'
+import export as export_file
+from eval import fingerprint, models_of
+from lora_moe import Routing
+from model import load_gpt
+
+peft, transformers = pytest.importorskip('peft'), pytest.importorskip('transformers')
+transformers.utils.logging.disable_progress_bar()
+IDX = torch.randint(257, (2, 32), generator=torch.Generator().manual_seed(0))
+FAR = ('--expert_lr=0.05', '--rounds=2', '--eval_every=2')  # far enough from the base to see any wrong scaling
+PRUNES = ('--prune_coef=10', '--prune_gamma=0.5', '--expert_lr=0.02', '--rounds=3')
+LINEARS = ['attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj']
+
+
+@pytest.fixture
+def export(monkeypatch):
+    """export(RUN, DIR, *args) runs export.py here -> DIR."""
+
+    def run(folder, to, *args):
+        monkeypatch.setattr(sys, 'argv', ['export.py', str(folder), str(to), *args])
+        export_file.main()
+        return Path(to)
+
+    return run
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    """Of IDX, by our model or by theirs. (2, 32, 257)"""
+    out = model.eval()(IDX)
+    return out[0] if isinstance(out, tuple) else out.logits
+
+
+def model_of(run, i: int = 0) -> torch.nn.Module:
+    """User i's model as the run's files have it: after its last local steps."""
+    return models_of(run.out, load_gpt(run.init_from))[1][i]
+
+
+def hub_model(folder) -> torch.nn.Module:
+    """A folder as transformers loads it: all of its tensors are in their place, and none is missing."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model
+
+
+def peft_model(folder) -> torch.nn.Module:
+    """A folder as PEFT loads it on the base that it names: no key of ours is unknown to it, none of its is missing."""
+    config = json.loads((folder / 'adapter_config.json').read_text())
+    model = peft.PeftModel.from_pretrained(hub_model(config['base_model_name_or_path']), folder)
+    state, ours = peft.get_peft_model_state_dict(model), load_file(folder / 'adapter_model.safetensors')
+    assert state.keys() == ours.keys() and all(torch.equal(state[name], t) for name, t in ours.items())
+    assert len(ours) == sum('lora_' in name for name, _ in model.named_parameters())
+    return model
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a - b).abs().max() < 1e-5
+
+
+# ---- one expert: one LoRA, exactly -----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    'user, args',
+    [
+        ('0', ['--method=ffa_lora']),
+        ('1', ['--method=fedsa_lora', '--lora_alpha=5']),
+        ('2', ['--method=fdlora']),
+        ('0', ['--method=hetlora', '--lora_rank=12,6,4']),
+        ('1', ['--method=hetlora', '--lora_rank=12,6,4', *PRUNES]),
+        ('1', ['--method=flexlora', '--lora_rank=4,6,8']),
+        ('user 1', ['--method=flora', '--lora_rank=4,6,8']),
+        ('0', ['--method=comigs_1gxs', '--n_experts=1,2,3']),
+        ('0', ['--method=centralized', '--n_experts=1']),
+        ('generalist', ['--method=comigs_1g1s', '--lora_rank=3']),
+        ('generalist', ['--method=comigs_1g1s', '--share_attention=False']),
+        ('generalist', ['--method=ffa_lora']),
+    ],
+)
+def test_one_expert_is_one_adapter_and_one_gpt2(train, export, tiny, tmp_path, user, args):
+    train(*FAR, *args)
+    _, models, generalist = models_of(tmp_path / 'run', load_gpt(str(tiny.base)))
+    ours = logits(generalist if user == 'generalist' else models[int(user[-1])])
+    assert (ours - logits(tiny.model)).abs().max() > 0.1  # training went somewhere
+    adapter = export(tmp_path / 'run', tmp_path / 'peft', f'--user={user}', '--to=peft')
+    assert close(logits(peft_model(adapter)), ours)
+    merged = export(tmp_path / 'run', tmp_path / 'merged', f'--user={user}', '--to=merged')
+    assert close(logits(hub_model(merged)), ours) and close(logits(load_gpt(str(merged))), ours)
+
+
+def test_a_pruned_rank_keeps_its_scaling(train, export, tmp_path):
+    """HetLoRA's pruned components are exported as zeros: r, and with it PEFT's alpha / sqrt(r), is the first rank's."""
+    run = train('--method=hetlora', '--lora_rank=12,6,4', *PRUNES)
+    user = run.users[1]
+    assert user.rank < 6
+    folder = export(run.out, tmp_path / 'peft', '--user=1')
+    config = json.loads((folder / 'adapter_config.json').read_text())
+    assert (config['r'], config['lora_alpha'], config['use_rslora']) == (6, 16.0, True)
+    assert config['rank_pattern'] == {'attn.c_attn': 8, 'attn.c_proj': 8}
+    A = load_file(folder / 'adapter_model.safetensors')['base_model.model.transformer.h.0.mlp.c_fc.lora_A.weight']
+    assert len(A) == 6 and not A[user.rank :].any() and A[: user.rank].any()
+
+
+# ---- a mixture: an adapter for each expert ---------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    'args, folders',
+    [
+        (['--method=comigs_1gxs', '--n_experts=3'], ['generalist-0', 'specialist-0', 'specialist-1']),
+        (['--method=comigs_2s', '--top_k=1', '--routing_unit=prefix'], ['specialist-0', 'specialist-1']),
+        (['--method=fedavg'], ['generalist-0', 'generalist-1']),
+    ],
+)
+def test_a_mixture_is_an_adapter_for_each_expert(train, export, tmp_path, capsys, args, folders):
+    """Each folder is our model with every token sent to that expert; together they hold every tensor of the user."""
+    run = train(*args, *FAR)
+    folder = export(run.out, tmp_path / 'peft', '--user=1')
+    assert sorted(f.name for f in folder.iterdir() if '-' in f.name) == folders
+    model, seen = model_of(run, 1), []
+    for j, name in enumerate(folders):
+        for block in model.h:  # the weights of all experts but the j-th are 0
+            always = torch.nn.functional.one_hot(torch.tensor([j] * IDX.numel()), len(folders)).float()
+            chosen = always.argsort(1, descending=True)[:, : block.mlp.top_k]
+            routing = Routing(always, chosen, always.gather(1, chosen))
+            block.mlp.router = block.mlp.router or torch.nn.Identity()
+            block.mlp.route = lambda x, routing=routing: routing
+        theirs = peft_model(folder / name)
+        assert close(logits(theirs), logits(model))
+        seen.append(logits(theirs))
+    assert (seen[0] - seen[1]).abs().max() > 0.1
+    exported = {f.name: load_file(f / 'adapter_model.safetensors') for f in folder.glob('*-*')}
+    held = [t for tensors in exported.values() for t in tensors.values()]
+    held += load_file(folder / 'router.safetensors').values() if (folder / 'router.safetensors').exists() else []
+    own = load_file(run.out / 'adapters' / 'user1.safetensors')
+    assert all(any(torch.equal(t, h) for h in held) for t in own.values())
+    assert len(held) == len(own) + 8 * (len(folders) - 1)  # attention's, 4 in each of 2 layers, is in all of them
+    assert refused(capsys, export, run.out, tmp_path / 'm', '--user=1', '--to=merged').endswith('use --to=peft\n')
+
+
+def test_the_router_is_in_the_rows_that_the_readme_says(train, export, tmp_path):
+    """Φ and the experts' folders, put together by the README's formula in one layer, are our layer."""
+    run = train('--method=comigs_1gxs', '--n_experts=3', *FAR)
+    folder = export(run.out, tmp_path / 'peft', '--user=2')
+    readme = (folder / 'README.md').read_text()
+    phi = load_file(folder / 'router.safetensors')['h.1.mlp.router.weight']
+    rows = re.findall(r'^\| `(.*)` \| (\d) \|', readme, re.M)
+    x, mlps = torch.randn(1, 7, 16, generator=torch.Generator().manual_seed(1)), {}
+    for name, j in rows:
+        mlps[int(j)] = peft_model(folder / name).base_model.model.transformer.h[1].mlp
+    z = x @ phi.t()  # (1, 7, 3)
+    best, S = z.topk(2)
+    with torch.no_grad():
+        y = torch.stack([mlps[j](x) for j in range(3)], -1)  # (1, 7, C, 3)
+        y = (y.gather(3, S[:, :, None].expand(1, 7, 16, 2)) * best.softmax(-1)[:, :, None]).sum(-1)
+        ours = model_of(run, 2).h[1].mlp(x)[0]
+    assert len(rows) == 3 and torch.allclose(y, ours, atol=1e-5) and 'the 2 largest of z' in readme
+
+
+@pytest.mark.parametrize('to', ['peft', 'merged', 'base'])
+@pytest.mark.parametrize('n', ['1', '2'])
+def test_the_readme_tells_what_is_there_and_its_code_runs(train, export, tmp_path, to, n):
+    run = train(f'--n_experts={n}', *FAR)
+    if to == 'merged' and n == '2':
+        return
+    folder = export(run.out, tmp_path / 'x', *(() if to == 'base' else ('--user=0',)), f'--to={to}')
+    text, scope = (folder / 'README.md').read_text(), {}
+    exec(re.search('```python\n(.*)```', text, re.S)[1], scope)
+    expected = export_file.by_expert(load_file(run.out / 'adapters' / 'user0.safetensors')) if to != 'base' else {'': {}}
+    gpt = load_gpt(run.init_from)
+    export_file.merge(gpt, next(iter(expected.values())), 16)
+    assert close(logits(scope['model']), logits(gpt))
+    assert str(run.out) in text and 'a token is a byte' in text and f'`{run.init_from}`' in text or to == 'peft'
+    assert (f'{run.summary["test_ppl"][0]:.3f}' in text) == (to != 'base')
+    assert ('not one LoRA' in text) == (to == 'peft' and n == '2')
+
+
+# ---- the base --------------------------------------------------------------------------------------------------------
+def test_the_base_is_the_same_to_the_bit(train, export, tmp_path, capsys):
+    run = train('--n_experts=1', *FAR)
+    folder = export(run.out, tmp_path / 'base', '--to=base')
+    base = load_gpt(str(folder))
+    assert fingerprint(base) == run.base_sha256 and close(logits(hub_model(folder)), logits(base))
+    named = export(run.out, tmp_path / 'peft', '--user=0', f'--base={folder}')  # named, and not written once more
+    assert json.loads((named / 'adapter_config.json').read_text())['base_model_name_or_path'] == str(folder)
+    assert not (named / 'base').exists() and close(logits(peft_model(named)), logits(model_of(run)))
+    merged = export(run.out, tmp_path / 'merged', '--user=0', '--to=merged', f'--base={folder}')
+    err = refused(capsys, export, run.out, tmp_path / 'x', '--user=0', f'--base={merged}')
+    assert 'is not the base that' in err and not (tmp_path / 'x').exists()
+    assert 'is the base itself' in refused(capsys, export, run.out, folder, '--to=base', f'--base={folder}', '--overwrite')
+
+
+def test_gpt2_is_named_by_its_place_on_the_hub_and_not_loaded(train, export, tmp_path):
+    run = train('--n_experts=1', *FAR)
+    config = json.loads((run.out / 'config.json').read_text())
+    (run.out / 'config.json').write_text(json.dumps({**config, 'init_from': 'gpt2-medium'}))
+    folder = export(run.out, tmp_path / 'peft', '--user=0')
+    assert json.loads((folder / 'adapter_config.json').read_text())['base_model_name_or_path'] == 'openai-community/gpt2-medium'
+    assert sorted(f.name for f in folder.iterdir()) == ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
+
+
+# ---- runs and folders as they come -----------------------------------------------------------------------------------
+def test_an_unfinished_run_and_a_user_that_was_not_tested(train, export, tmp_path, capsys):
+    run = train('--n_experts=1', '--participation=0.6', '--test_users=1', *FAR)
+    took_part, tested = {*run.last_round}, {*run.tested}
+    other = next(iter(took_part - tested))
+    folder = export(run.out, tmp_path / 'a', f'--user={other}')
+    (run.out / 'summary.json').unlink()
+    again = export(run.out, tmp_path / 'b', f'--user={other}')
+    same = [load_file(f / 'adapter_model.safetensors') for f in (folder, again)]
+    assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
+    assert '(unfinished)' in (again / 'README.md').read_text() and '(unfinished)' not in (folder / 'README.md').read_text()
+    run = train('--n_experts=1', '--participation=0.3', '--rounds=1', '--test_users=1', out='one')
+    absent = next(i for i in range(3) if i not in {*run.last_round, *run.tested})
+    assert 'has not taken part' in refused(capsys, export, run.out, tmp_path / 'c', f'--user={absent}')
+
+
+def test_overwriting_deletes_an_earlier_export_and_nothing_else(train, export, tmp_path, capsys):
+    run = train(*FAR)
+    folder = export(run.out, tmp_path / 'x', '--user=0')
+    (folder / 'specialist-0' / 'mine.txt').write_text('mine')
+    assert 'is not empty: give --overwrite' in refused(capsys, export, run.out, folder, '--user=generalist')
+    export(run.out, folder, '--user=generalist', '--to=merged', '--overwrite')
+    names = sorted(str(f.relative_to(folder)) for f in folder.rglob('*') if f.is_file())
+    assert names == ['README.md', 'config.json', 'model.safetensors', 'specialist-0/mine.txt']
+
+
+def test_bad_input_is_one_line_and_writes_nothing(train, export, tmp_path, capsys):
+    run = train('--method=local', *FAR)
+    x = tmp_path / 'x'
+    for given, message in (
+        ((run.out, x), '--user=None: expected generalist, or one user of 0 (user 0), 1 (user 1), 2 (user 2)'),
+        ((run.out, x, '--user=3'), '--user=3: expected'),
+        ((run.out, x, '--user=generalist'), '(local) has no generalist for everybody'),
+        ((tmp_path / 'none', x, '--user=0'), 'is no run: it has no config.json'),
+        ((run.out, run.out, '--user=0', '--overwrite'), 'is the folder of a run'),
+        ((run.out, run.out / 'config.json', '--user=0'), 'is a file'),
+        ((run.out, x, '--user=0', '--base=nowhere'), 'no base model at'),
+    ):
+        assert message in refused(capsys, export, *given)
+    (run.out / 'adapters' / 'user0.safetensors').write_bytes(b'\xff' * 100)
+    assert 'user0.safetensors cannot be read' in refused(capsys, export, run.out, x, '--user=0')
+    for broken in ('{', '{}', '[]', '{"pooled": false}'):
+        (run.out / 'config.json').write_text(broken)
+        assert 'config.json or summary.json is not that of a run' in refused(capsys, export, run.out, x, '--user=0')
+    assert not x.exists()
+
+
+def test_it_needs_neither_peft_nor_transformers():
+    code = 'import sys, export; assert not {"peft", "transformers"} & set(sys.modules)'
+    subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT)
+
+
+# ---- a PEFT adapter as the start of a run ----------------------------------------------------------------------------
+@pytest.fixture
+def adapter(tiny, tmp_path):
+    """adapter(**settings of LoraConfig) -> (folder that PEFT has saved, its logits); B is random, as after training."""
+
+    def make(name='adapter', **settings):
+        if not (tmp_path / 'hub').exists():
+            export_file.write_gpt(tmp_path / 'hub', load_gpt(str(tiny.base)))
+        given = {
+            'r': 4,
+            'lora_alpha': 10,
+            'target_modules': LINEARS,
+            'task_type': 'CAUSAL_LM',
+            'fan_in_fan_out': True,
+            **settings,
+        }
+        torch.manual_seed(1)
+        model = peft.get_peft_model(hub_model(tmp_path / 'hub'), peft.LoraConfig(**given))
+        for name_, p in model.named_parameters():
+            if 'lora_B' in name_:
+                torch.nn.init.normal_(p, std=0.3)
+        model.save_pretrained(tmp_path / name)
+        return tmp_path / name, logits(model)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        {},
+        {'use_rslora': True, 'r': 8},
+        {'rank_pattern': {'c_fc': 7, r'h\.1\.mlp\.c_proj': 2}, 'alpha_pattern': {'attn.c_proj': 3, 'c_proj': 5.5}},
+        {'target_modules': ['c_fc', 'mlp.c_proj']},
+    ],
+)
+def test_a_run_starts_as_the_base_with_the_adapter(train, adapter, tmp_path, tiny, settings):
+    """Of one expert, in every user; and of the generalist alone where there are specialists."""
+    folder, theirs = adapter(**settings)
+    assert (theirs - logits(tiny.model)).abs().max() > 0.1
+    for method in ('ffa_lora', 'fedsa_lora', 'hetlora', 'flexlora'):
+        run = train(f'--method={method}', '--rounds=0', f'--init_adapter={folder}', out=method)
+        assert all(close(logits(user.model), theirs) for user in run.users)
+        run.receive(run.users[0])  # and so does the server's copy
+        assert close(logits(run.users[0].model), theirs)
+    for n, k in ((2, 1), (3, 2), (2, 2)):
+        args = (f'--n_experts={n}', f'--n_generalists={k}', '--share_attention=False', '--rounds=0')
+        run = train(*args, f'--init_adapter={folder}', out=f'run{n}{k}')
+        assert close(logits(run.users[0].model), theirs) == (n == k)  # equal experts, however mixed; or a fresh specialist
+    run = train('--rounds=0', f'--init_adapter={folder}', out='both')
+    generalist = models_of(run.out, load_gpt(str(tiny.base)))[2]
+    assert close(logits(generalist), theirs)
+
+
+def test_components_beyond_the_adapters_rank_can_learn(train, adapter):
+    """Rank 4 in rank 16: the other twelve add nothing at first (B = 0), and have B != 0 after the first steps (A != 0)."""
+    folder, _ = adapter()
+    start = train('--method=fdlora', '--rounds=0', f'--init_adapter={folder}', out='a').users[0].adapter
+    after = train('--method=fdlora', '--rounds=1', f'--init_adapter={folder}', out='b').users[0].adapter
+    name = 'h.1.mlp.generalists.0.c_fc'
+    assert not start[name + '.B'][:, 4:].any() and start[name + '.A'][4:].all() and start[name + '.B'][:, :4].all()
+    assert (after[name + '.B'][:, 4:] != 0).any(0).all()
+
+
+def test_there_and_back_are_the_same_tensors(train, export, tmp_path):
+    """A generalist exported and imported again is the same to the bit, and so is the run that starts from it."""
+    first = train(*FAR, out='first')
+    folder = export(first.out, tmp_path / 'peft', '--user=generalist')
+    again = train('--rounds=0', f'--init_adapter={folder}', out='again')
+    old, new = (load_file(run.out / 'adapters' / 'server.safetensors') for run in (first, again))
+    assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_resuming_wants_the_same_adapter(train, adapter, capsys, tmp_path):
+    folder, _ = adapter()
+    args = (f'--init_adapter={folder}', '--n_experts=1')
+    whole = train(*args, out='whole')
+    run = train(*args, '--participation=0.5', out='run')
+    assert json.loads((run.out / 'config.json').read_text())['adapter_sha256'] == whole.adapter_sha256
+    moved = folder.rename(tmp_path / 'moved')
+    given = ('--n_experts=1', '--participation=0.5', '--resume')
+    train(*given, f'--init_adapter={moved}')  # the same file elsewhere
+    assert 'was made with another adapter' in refused(capsys, train, *given)
+    other, _ = adapter('other', lora_alpha=11)
+    assert 'was made with another adapter' in refused(capsys, train, *given, f'--init_adapter={other}')
+
+
+@pytest.mark.parametrize(
+    'args, message',
+    [
+        (['--method=local'], 'needs --n_generalists=1 or more'),
+        (['--method=flora'], 'not --aggregate=flora'),
+        (['--method=hetlora', '--lora_rank=4,6,8'], 'needs one --lora_rank for all users, not 4,6,8'),
+        (['--lora_rank=2'], 'h.0.mlp.c_fc has rank 4, here it can have 2: raise --lora_rank'),
+    ],
+)
+def test_what_cannot_start_from_an_adapter(train, adapter, capsys, tmp_path, args, message):
+    assert message in refused(capsys, train, *args, f'--init_adapter={adapter()[0]}') and not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    'settings, message',
+    [
+        ({'use_dora': True}, 'use_dora=True'),
+        ({'bias': 'all'}, "bias='all'"),
+        ({'modules_to_save': ['ln_f']}, "modules_to_save=['ln_f']"),
+        ({'target_modules': [*LINEARS, 'wte']}, 'no place for'),
+        ({'target_modules': ['c_attn']}, 'has no h.0.mlp.c_fc.A'),
+        ({'layers_to_transform': [0]}, 'has no h.1.attn.c_attn.A'),
+        ({'r': 9}, 'attn.c_attn has rank 9, here it can have 8: train it with a rank_pattern'),
+        ({'trainable_token_indices': [1]}, 'trainable_token_indices'),
+        ({'init_lora_weights': 'pissa'}, "init_lora_weights='pissa'"),
+    ],
+)
+def test_more_than_plain_lora_is_refused(train, adapter, capsys, settings, message):
+    assert message in refused(capsys, train, '--rounds=0', f'--init_adapter={adapter(**settings)[0]}')
+
+
+def test_broken_adapters_are_one_line_each(train, adapter, capsys, tmp_path):
+    folder, _ = adapter()
+    settings, tensors = folder / 'adapter_config.json', folder / 'adapter_model.safetensors'
+    raw, good = settings.read_text(), load_file(tensors)
+    fc, other = (f'base_model.model.transformer.h.0.mlp.c_fc.lora_{f}.weight' for f in 'AB')
+
+    def said() -> str:
+        return refused(capsys, train, f'--init_adapter={folder}')
+
+    for text in ('{', '[' * 100000, '[]', 'null', '{}', '\udcff'):
+        settings.write_bytes(text.encode(errors='surrogateescape'))
+        assert 'adapter_config.json' in said()
+    for change in ({'lora_alpha': 'x'}, {'lora_alpha': -1}, {'r': None}, {'alpha_pattern': {'(': 1}}, {'rank_pattern': [1]}):
+        settings.write_text(json.dumps({**json.loads(raw), **change}))
+        assert str(folder) in said() and not (tmp_path / 'run').exists()
+    settings.write_text(json.dumps({**json.loads(raw), 'some_new_option': 3}))
+    assert 'some_new_option=3 is more than LoRA' in said()
+    settings.write_text(raw)
+    for change, message in (
+        ({'base_model.model.lm_head.lora_A.weight': torch.ones(4, 16)}, 'no place for base_model.model.lm_head'),
+        (
+            {'base_model.model.transformer.h.2.mlp.c_fc.lora_A.weight': torch.ones(4, 16)},
+            'no place for base_model.model.transformer.h.2',
+        ),
+        ({'../../x': torch.ones(1)}, 'no place for ../../x'),
+        ({fc: torch.ones(4, 17)}, 'A (4, 17) and B (64, 4), expected (4, 16) and (64, 4)'),
+        ({fc: torch.ones(5, 16), other: torch.ones(64, 5)}, 'A (5, 16) and B (64, 5), expected (4, 16)'),
+        ({fc: torch.ones(0, 16), other: torch.ones(64, 0)}, 'A (0, 16) and B (64, 0), expected (4, 16)'),
+        ({fc: torch.tensor(1.0)}, 'has A () and B'),
+        ({fc: torch.full((4, 16), torch.nan)}, 'not finite'),
+        ({fc: None}, 'has no h.0.mlp.c_fc.A'),
+    ):
+        save_file({name: t for name, t in {**good, **change}.items() if t is not None}, tensors)
+        assert message in said()
+    tensors.write_bytes(tensors.read_bytes()[:200])
+    assert 'cannot be read as model weights' in said()
+    tensors.unlink()
+    assert 'cannot be read as model weights' in said()
+    (folder / 'adapter_model.bin').write_bytes(b'')
+    assert 'is a pickle' in said()
+    assert 'no PEFT adapter' in refused(capsys, train, f'--init_adapter={tmp_path / "nowhere"}')
