@@ -3,7 +3,7 @@
     python export.py out/demo --user=0 --to=peft out/peft                # LoRA adapters of one user, by number or name
     python export.py out/demo --user=generalist --to=merged out/gpt2     # all users' generalist in a plain GPT-2 folder
     python export.py out/demo --to=base out/base                         # the frozen base as such a folder
-    python train.py config/demo.py --init_adapter=out/peft --out_dir=out/again     # and back: generalists start from it
+    python train.py config/demo.py --init_adapter=out/peft/generalist-0 --out_dir=out/again  # and back
 
 A model with one expert is one LoRA: `peft` and `merged` are exact. A mixture of experts is none (gelu lies between an expert's
 two products, and a router weighs the experts for every token): it becomes a folder for each expert, and the router's tensors.
@@ -145,7 +145,7 @@ def readme(args: argparse.Namespace, config: dict, who: str, i: int | None, expe
         gate += f'\n    S = the {k} largest of z,  w = softmax of z over {"S" if k > 1 else "all E"}'
         if config['router'] == 'mean' or i is None:
             gate = 'S = all experts,  w = 1 / E: this model has no router'
-        what = {'g': 'generalist: shared by all users', 's': "specialist: the user's own, never left it"}
+        what = {'g': 'generalist: averaged over the users every round', 's': "specialist: the user's own"}
         text += MIXTURE.format(E=n, gate=gate, run=run)
         text += ''.join(f'| `{expert}` | {j} | {what[expert[0]]} |\n' for j, expert in enumerate(experts))
     text += '\nOne expert, so this is the whole model, exactly.\n' * (n == 1)
