@@ -392,13 +392,15 @@ def test_R8_hostile_users(train, tmp_path, capsys, figure):
     learn += (f'--init_from={ROOT}/assets/base-tiny.safetensors',)  # perplexity 100 before, 4.5 after
     for n, hostile in sizes.items():
         folder = write_dataset(tmp_path / f'users{n}', [user_streams(i % 3, 400) for i in range(n)])
-        for defence in (['--aggregate=median'], ['--aggregate=trimmed_mean', '--trim=0.3'], ['--clip_norm=2']):
+        for defence in (['--aggregate=median'], ['--aggregate=trimmed_mean', '--trim=0.3'], ['--clip_norm=1']):
             of = lambda *attack: train(*learn, f'--dataset={folder}', *defence, *attack)  # noqa: B023, E731
             clean = of().summary
             assert clean['mean_test_ppl'] < 0.1 * np.mean(clean['pretrained_test_ppl'])  # it does learn
             for attack in attacks:
                 ppl = of(f'--attack={attack}', f'--attackers={hostile}').summary['test_ppl']
-                worst = max(worst, *(a / b - 1 for a, b in zip(ppl[: n - hostile], clean['test_ppl'])))
+                rise = [a / b - 1 for a, b in zip(ppl[: n - hostile], clean['test_ppl'])]
+                print(n, defence, attack, rise)  # shown if the test fails
+                worst = max(worst, *rise)
                 tried += 1
         capsys.readouterr()
         try:
@@ -686,24 +688,31 @@ def test_R16_resume_with_something_changed(train, tiny, tmp_path, capsys, figure
 def test_R17_disk_full_and_read_only(whole, tmp_path, figure):
     """A file-size limit stands for a full disk: one line, and what was there loads; with room again, the same bits."""
     args, expected, _ = whole
-    sizes = sorted(sum(map(len, found[1].values())) for name, found in expected.items() if name.startswith('user'))
-    limits = [sizes[0] - 1000, sizes[-1] - 1000, len(expected['metrics']) // 2]
-    outs = [tmp_path / str(i) for i in range(len(limits))]
-    ends = forks([[*args, f'--out_dir={out}'] for out in outs], [{'limit': limit} for limit in limits])
-    lines = [err.strip().splitlines() for _, _, err, _ in ends]
-    told = sum(status == 1 and len(own) == 1 and 'cannot write' in own[0] for (status, *_), own in zip(ends, lines))
+    long = [*args, '--rounds=2', '--local_steps=100']  # its metrics outgrow its other files
+    assert forks([[*long, f'--out_dir={tmp_path}/long']], [{}])[0][0] == 0
+    size = {name: sum(map(len, found[1].values())) for name, found in expected.items() if name != 'metrics'}
+    users = sorted(n for name, n in size.items() if name.startswith('user'))
+    jobs = [(args, expected, users[-1] - 1000, 'user'), (long, state(tmp_path / 'long'), users[-1] + 9000, 'metrics.jsonl')]
+    outs = [tmp_path / str(i) for i in range(len(jobs))]
+    ends = forks(
+        [[*job, f'--out_dir={out}'] for (job, *_), out in zip(jobs, outs)], [{'limit': limit} for _, _, limit, _ in jobs]
+    )
+    told = sum(
+        status == 1 and err.strip().count('\n') == 0 and 'cannot write' in err and file in err
+        for (status, _, err, _), (*_, file) in zip(ends, jobs)
+    )
     loads = sum(bool(checkpoint.check(out / 'checkpoint', checkpoint.rounds(out / 'checkpoint')[-1])) for out in outs)
-    assert all(status == 0 for status, *_ in forks([go_on(args, out) for out in outs], [{}] * 3))
-    good = sum(state(out) == expected for out in outs)
+    again = forks([go_on(job, out) for (job, *_), out in zip(jobs, outs)], [{}] * len(jobs))
+    good = sum(status == 0 and state(out) == wanted for (status, *_), out, (_, wanted, *_) in zip(again, outs, jobs))
     locked = tmp_path / 'locked'
     locked.mkdir()
     locked.chmod(0o555)
     anybody = {'uid': 65534} if os.getuid() == 0 else {}
     (status, _, err, _) = forks([[*args, f'--out_dir={locked}/run']], [anybody])[0]
     read_only = status == 2 and err.count('\n') == 1 and ('cannot write' in err or 'Permission' in err)
-    reached = f'{told}/3 full disks end in one line, {loads}/3 still load, {good}/3 go on to the same bits; '
+    reached = f'{told}/2 full disks end in one line, {loads}/2 still load, {good}/2 go on to the same bits; '
     reached += f'read-only refused: {read_only}'
-    figure('R17', reached, told == loads == good == 3 and read_only)
+    figure('R17', reached, told == loads == good == 2 and read_only)
 
 
 def test_R18_soak(tiny, tmp_path, figure):
