@@ -8,10 +8,11 @@ may stand for a float, and one number for a tuple with an entry per user)."""
 
 import ast
 import difflib
+import io
 import math
 import os
-import re
 import sys
+import tokenize
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,13 +29,14 @@ def die(message: object) -> NoReturn:
 def configure(script: dict, argv: list[str], rows: dict | None = None, per_user: tuple = ()) -> dict:
     """Overrides the variables of `script` (its globals()) and returns the effective configuration, in source order.
 
-    rows: {method: {switch: value}}; per_user: names that also take a tuple, one entry per user. Dies on bad input."""
+    rows: {method: {switch: value}}; per_user: names that also take a tuple, one entry per user. Dies on bad input. --help
+    among the arguments prints what the others would set, and ends."""
     defaults = {k: v for k, v in script.items() if k.islower() and not k.startswith('_') and type(v) in KINDS}
-    if '--help' in argv or '-h' in argv:
-        print(help_text(script))
-        raise SystemExit(0)
+    asks = [arg for arg in argv if arg == '-h' or arg.partition('=')[0] == '--help']
     given = {}
     for arg in argv:
+        if arg in asks:
+            continue
         if arg.startswith('--'):
             key, equals, value = arg[2:].partition('=')  # only the first '=' separates
             given[known(key, defaults, 'switch', '--')] = parse(key, value) if equals else True
@@ -47,6 +49,9 @@ def configure(script: dict, argv: list[str], rows: dict | None = None, per_user:
         method = given.get('method', defaults['method'])
         row = rows[known(method, rows, 'method')]
     config = {**defaults, **row, **given}
+    if asks:
+        print(help_text(script, config))
+        raise SystemExit(0)
     script.update(config)
     return config
 
@@ -98,8 +103,25 @@ def read_file(file: str) -> dict:
     return {k: v for k, v in values.items() if not k.startswith('_')}
 
 
-def help_text(script: dict) -> str:
-    """The script's docstring, and its switches with defaults and comments as its source has them."""
+def help_text(script: dict, config: dict) -> str:
+    """The script's docstring, and every switch with its value in `config` and what its source says beside and above it, as a
+    config file could have it; a value that is not the default tells the default, too."""
     source = Path(script['__file__']).read_text()
-    switches = re.findall(r'^([a-z]\w* +=.*#.*|# ----.*)$', source.partition('configure(globals()')[0], re.M)
-    return f'{script["__doc__"].strip()}\n\n' + '\n'.join(switches)
+    comments = {
+        token.start[0]: token.string
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    ends = {}  # the line on which the first assignment to a name ends
+    for node in ast.parse(source).body:
+        for name in node.targets if isinstance(node, ast.Assign) else ():
+            ends.setdefault(getattr(name, 'id', None), node.end_lineno)
+    width = max(len(f'{name} = {value!r}') for name, value in config.items())
+    lines, at = [(script['__doc__'] or '').strip(), ''], 0
+    for name, value in config.items():
+        line = ends.get(name, at)
+        lines += [comments[i] for i in range(at + 1, line) if comments.get(i, '').startswith('# --')]
+        given = f'  (default: {script[name]!r})' if value != script[name] else ''
+        lines.append(f'{f"{name} = {value!r}":{width}}  {comments.get(line, "")}'.rstrip() + given)
+        at = line
+    return '\n'.join(lines)

@@ -36,7 +36,7 @@ weight_decay = 0.1  # on matrices
 grad_clip = 1.0  # largest gradient norm
 bf16 = True  # bfloat16 autocast
 device = 'cpu'  # cpu, cuda, mps
-seed = 42
+seed = 42  # of the initial weights and the batches
 overwrite = False  # replace an existing model
 config = configure(globals(), sys.argv[1:])
 
@@ -84,7 +84,8 @@ for step in bar:
     if step % 100 == 0:
         bar.set_postfix(loss=f'{loss.item():.3f}')
     if step % 1000 == 999:
-        tqdm.write(f'step {step + 1}: train loss {loss.item():.3f} nats per token, {time.time() - started:.0f} s')
+        tqdm.write(f'step {step + 1}/{steps}: train loss {loss.item():.3f} nats per token, {time.time() - started:.0f} s')
+        sys.stdout.flush()  # a log file shows it at once
         save()
 
 seconds = time.time() - started

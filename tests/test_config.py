@@ -1,5 +1,9 @@
 """configurator.py: nanoGPT's idea, its gaps closed (what it takes, and one line for what it does not)."""
 
+import re
+import runpy
+import sys
+
 import pytest
 from conftest import ROOT
 
@@ -124,3 +128,68 @@ def test_every_shipped_config_names_known_switches():
         values = {}
         exec(file.read_text(), values)
         assert {k for k in values if not k.startswith('_')} <= known, file
+
+
+@pytest.mark.parametrize('file', ['train.py', 'pretrain.py'])
+def test_help_has_every_switch_and_nothing_else(file, monkeypatch, capsys):
+    """The names that configure takes, in a refusal's own words, are those that --help prints, in their order."""
+
+    def says(argument, code):
+        monkeypatch.setattr(sys, 'argv', [file, argument])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / file), run_name='__main__')
+        assert end.value.code == code
+        return capsys.readouterr()
+
+    known = says('--zzzzzz=1', 2).err.strip().partition('known: ')[2].split(', ')
+    text = says('--help', 0).out
+    assert re.findall(r'^(\w+) = ', text, re.M) == known and len(known) >= 16
+    assert all(re.search(rf'^{name} = .* # ', text, re.M) for name in known), 'a switch without a comment beside it'
+    assert says('-h', 0).out == says('--help=foo', 0).out == text
+
+
+def test_help_tells_what_would_be_set(tmp_path, capsys):
+    """Values over several lines, '#' in a string, no comment; the defaults, and what a method and a file make of them."""
+    source = """# ---- sizes
+method = 'small'  # a row
+sizes = (
+    1,  # not this one
+    2,
+)  # of both
+# an aside
+width = 5
+# ---- the rest
+name = 'a # b'   # whose
+config = configure(globals(), [])
+width = 7  # not this one
+# ---- the code
+"""
+    (tmp_path / 'script.py').write_text(source)
+    (tmp_path / 'mine.py').write_text('width = 6')
+    rows = {'small': {}, 'large': {'name': 'x'}}
+    scope = {'__doc__': 'Says what it does.', '__file__': str(tmp_path / 'script.py'), 'method': 'small', 'sizes': (1, 2)}
+    scope |= {'width': 5, 'name': 'a # b'}
+
+    def shown(*argv):
+        with pytest.raises(SystemExit) as end:
+            configure(scope, [*argv, '--help'], rows)
+        assert end.value.code == 0
+        return capsys.readouterr().out.splitlines()
+
+    assert shown() == [
+        'Says what it does.',
+        '',
+        '# ---- sizes',
+        "method = 'small'  # a row",
+        'sizes = (1, 2)    # of both',
+        'width = 5',
+        '# ---- the rest',
+        "name = 'a # b'    # whose",
+    ]
+    assert shown('--method=large', str(tmp_path / 'mine.py'))[3:] == [
+        "method = 'large'  # a row  (default: 'small')",
+        'sizes = (1, 2)    # of both',
+        'width = 6  (default: 5)',
+        '# ---- the rest',
+        "name = 'x'        # whose  (default: 'a # b')",
+    ]
