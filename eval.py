@@ -12,7 +12,8 @@ import contextlib
 import hashlib
 import json
 import math
-import os
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -30,16 +31,16 @@ from model import GPT, fast_fp32, load_gpt, store_in_bf16
 
 
 @torch.no_grad()
-def evaluate(model: GPT, tokens: np.ndarray, block_size: int) -> dict:
+def evaluate(model: GPT, tokens: np.ndarray, block_size: int, quiet: bool = False) -> dict:
     """Mean cross-entropy of a whole stream and how its tokens were routed.
 
     Every token but the first is predicted once, in non-overlapping windows of block_size (the last may be shorter), so no
     sampling. Returns loss (nats per token, without load balancing), ppl = exp(loss), tokens, and for a model with routers
-    scores (L, E): mean softmax score of every expert in every layer, top1 (L, E): share of tokens whose best it is."""
+    scores (L, E): mean softmax score of every expert in every layer, top1 (L, E): share of tokens whose best it is. A
+    terminal shows a bar if it takes long, unless quiet."""
     n, total, scores, top1 = len(tokens) - 1, 0.0, None, None
-    quiet = None if os.environ.get('RANK', '0') == '0' else True  # of several processes one shows progress
     batches = windows(tokens, block_size, model.wte.weight.device)
-    for x, y in tqdm(batches, desc='evaluate', delay=2, leave=False, disable=quiet):  # shown if it takes long
+    for x, y in tqdm(batches, desc='evaluate', delay=2, leave=False, disable=quiet or None):
         loss, routing = model.loss(x, y)
         total += loss.item() * y.numel()
         if routing[0] is not None:
@@ -212,8 +213,9 @@ def finished(run: Path, key: str, target: str) -> list[float] | None:
 
 def report_one(run: Path, config: dict, models: list, generalist: GPT | None, streams: list, target: str) -> None:
     """Prints the tables of one run and writes RUN/eval.json."""
-    T, users = config['block_size'], []
-    for name, model, data in tqdm([*zip(names_of(config), models, streams)], desc=str(run), disable=None, leave=False):
+    T, users, told = config['block_size'], [], time.time()
+    bar = tqdm([*zip(names_of(config), models, streams)], desc=str(run), disable=None, leave=False)
+    for name, model, data in bar:
         result = evaluate(model, data['test'], T)
         users.append(
             {
@@ -226,6 +228,9 @@ def report_one(run: Path, config: dict, models: list, generalist: GPT | None, st
                 'top1': result['top1'],
             }
         )
+        if bar.disable and time.time() - told > 60:  # no terminal: a line a minute instead
+            told = time.time()
+            print(f'{run}: {len(users)}/{len(models)} users', file=sys.stderr, flush=True)
     columns = ('test_ppl', 'valid_ppl', 'generalist_test_ppl')
     means = {f'mean_{c}': mean([u[c] for u in users]) for c in columns}
     rows = [[u['name'], *(u[c] for c in columns)] for u in users] + [['mean', *means.values()]]

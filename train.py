@@ -14,9 +14,11 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
+import platform
 import re
 import resource
 import signal
@@ -98,6 +100,10 @@ clip_norm = 0.0                 # bounds how far an update may move, in units of
 failures = 0.0                  # chance that a user fails halfway through a round and loses what it did in it
 attack = 'none'                 # what the last users send in place of their updates: none | nan | scale:1e6 | noise:1e3
 attackers = 1                   # how many users do that
+# ---- what is shown
+quiet = False                   # nothing but the final table, and errors
+tensorboard = False             # curves in out_dir/tensorboard (pip install -r requirements-log.txt)
+wandb = False                   # curves at Weights & Biases, project nanocomigs (the same)
 # ---- the machine
 seed = 42                       # the paper's seeds are 42, 45, 47
 device = 'auto'                 # auto | cpu | cuda | cuda:N | mps
@@ -230,7 +236,16 @@ if resume and not checkpoint.rounds(out / 'checkpoint'):
 if (out / 'config.json').exists() and not (resume or overwrite):
     state = 'a finished run' if (out / 'summary.json').exists() else 'an unfinished run'
     die(f'{out_dir} already holds {state}: give --resume to continue it, --overwrite to replace it, or another --out_dir')
+try:
+    if tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+    if wandb:
+        from wandb import Error as WandbError
+        from wandb import init as start_wandb
+except ImportError as error:
+    die(f'{error}: --tensorboard and --wandb need their packages: pip install -r requirements-log.txt')
 process, processes = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))  # set by torchrun
+hidden = quiet or process > 0  # neither lines nor bars of this process are shown
 if device == 'auto':
     device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
 if device == 'cuda' and processes > 1:
@@ -494,7 +509,7 @@ def test_perplexity(user: SimpleNamespace, model: GPT, when: str, **at: int) -> 
     the mean score of every expert in every layer (L, E) there, if it has routers."""
     for i, tokens in user.tests:
         with autocast:
-            result = evaluate(model, tokens, block_size)
+            result = evaluate(model, tokens, block_size, hidden)
         seen = {key: result[key] for key in ('loss', 'ppl', 'scores') if result[key] is not None}
         log('eval', **{'step': user.expert_steps, 'user': i, 'split': 'test', 'when': when, **seen, **at})
 
@@ -510,7 +525,7 @@ def judged(user: SimpleNamespace, tensors: dict) -> float:
     own = {name: user.adapter[name].detach().clone() for name in tensors}
     load(user, tensors)
     with autocast:
-        loss = evaluate(user.model, user.data['valid'][: judge_windows * block_size + 1], block_size)['loss']
+        loss = evaluate(user.model, user.data['valid'][: judge_windows * block_size + 1], block_size, hidden)['loss']
     load(user, own)
     return loss
 
@@ -695,6 +710,8 @@ def publish() -> None:
             metrics.write(''.join(json.dumps(line) + '\n' for line in lines).encode())
         except OSError as error:
             checkpoint.cannot_write(out / 'metrics.jsonl', error)
+        for line in lines:
+            draw(line)
 
 
 def note(line: dict) -> None:
@@ -705,6 +722,49 @@ def note(line: dict) -> None:
         clock['bytes_up'], clock['bytes_down'] = clock['bytes_up'] + line['bytes_up'], clock['bytes_down'] + line['bytes_down']
     elif line['kind'] in ('train', 'router'):
         clock['steps'] += 1
+        losses.extend([line['loss']] if line['kind'] == 'train' else [])
+
+
+def draw(line: dict) -> None:
+    """What a line of metrics.jsonl says about a user as points of TensorBoard's and W&B's curves: train_ppl/user0,
+    local_test_ppl/user0, comm_bytes_up/user0 and so on over that user's expert steps, router_loss/user0 over its router's, and
+    of the router's scores in every layer the generalists' share, local_test_generalist_share/user0_layer3. W&B's own step is
+    the number of the line: what it has of an earlier start is not sent again."""
+    number = next(line_number)
+    if 'step' not in line or not (board or wandb_run):
+        return
+    what, who = f'{line["when"]}_{line["split"]}' if line['kind'] == 'eval' else line['kind'], f'user{line["user"]}'
+    x = line.get('router_step', line['step'])  # a phase's router steps fall on one expert step
+    keys = [k for k in line if type(line[k]) in (int, float) and k not in ('round', 'step', 'router_step', 'user')]
+    points = {f'{what}_{key}/{who}': line[key] for key in keys}
+    for layer, scores in enumerate(line.get('scores', ())):  # scores (E,)
+        points[f'{what}_generalist_share/{who}_layer{layer}'] = sum(scores[:n_generalists])
+    for name, value in points.items() if board else ():
+        board.add_scalar(name, value, x)
+    if wandb_run and number >= sent_before:
+        wandb_run.log({'user_step': x, **points}, step=number)
+
+
+def say(text: str) -> None:
+    """A line, above the bar where there is one, and at once where stdout is a file."""
+    if not hidden:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def progress(done: int) -> float:
+    """Where no terminal shows the bar, such as in a log file, a line instead. done: expert steps of this process's users in
+    this round. The loss is the mean over the steps known here. Returns the time."""
+    if bar.disable and not hidden:
+        part = done / (len(users) * local_steps)
+        left = (time.time() - began_round_1) / (t - start + part) * (rounds - t - part)  # seconds, at the pace so far
+        known = losses + [line['loss'] for line in pending if line['kind'] == 'train']
+        say(
+            f'round {t + 1:3}/{rounds}  {done // local_steps}/{len(users)} users'
+            + ' of process 0' * (processes > 1)
+            + f'  train loss {cell(mean(known))}  {tqdm.format_interval(left)} left'
+        )
+    return time.time()
 
 
 def save_round(present: list[int]) -> None:
@@ -776,7 +836,7 @@ def git_commit() -> str:
 
 
 # what must be the same for a run to be continued: the base, the data and every switch that shapes the numbers
-free = ('out_dir', 'resume', 'overwrite', 'device', 'init_from', 'init_adapter', 'dataset')
+free = ('out_dir', 'resume', 'overwrite', 'device', 'init_from', 'init_adapter', 'dataset', 'quiet', 'tensorboard', 'wandb')
 identity = {
     **{k: v for k, v in config.items() if k not in free},
     'base': base_sha256,
@@ -785,7 +845,7 @@ identity = {
     'public': None if public is None else hashlib.sha256(public.cpu().numpy().tobytes()).hexdigest(),
 }
 identity = json.loads(json.dumps(identity))  # as a file gives it back: tuples are lists
-start, kept_in, pending, results = 0, out / 'checkpoint', [], {}
+start, kept_in, pending, results, losses = 0, out / 'checkpoint', [], {}, []
 clock = {'seconds': 0.0, 'training': 0.0, 'bytes_up': 0, 'bytes_down': 0, 'steps': 0, 'stacks': 0, 'checkpoints': 0.0}
 if processes > 1:  # who dies closes its connections, and the others notice at once
     dist.init_process_group('gloo', timeout=datetime.timedelta(days=7))
@@ -814,6 +874,24 @@ if resume:
         die(f'--resume: {error}: start again with --overwrite')
     if aggregate == 'flora' and start:
         base.load_state_dict(checkpoint.part(tensors, 'base/'))
+board = wandb_run = None
+line_number, sent_before = itertools.count(), 0  # lines of metrics.jsonl
+if process == 0 and wandb:  # the same folder on the same machine is the same run
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        wandb_run = start_wandb(
+            project='nanocomigs',
+            name=out_dir,
+            id=hashlib.sha256(f'{platform.node()} {out.resolve()}'.encode()).hexdigest()[:16],
+            resume='allow' if resume else None,
+            dir=out,
+            config=config,
+            settings={'silent': quiet},
+        )
+    except (OSError, WandbError) as error:
+        die(f'--wandb: {error}; WANDB_MODE=offline needs neither network nor login')
+    wandb_run.define_metric('*', step_metric='user_step')
+    sent_before = wandb_run.step
 federate.all_gather({})  # all have checked and read before anything is written
 superseded = []  # users' files that only the round before the last one needs
 if resume:
@@ -835,6 +913,7 @@ elif process == 0:
             out / 'trust.png',
             *kept_in.iterdir(),
             *out.glob('adapters/*.safetensors'),
+            *out.glob('tensorboard/events.*'),
         ):
             old.unlink(missing_ok=True)
         versions = {'python': sys.version.split()[0], 'torch': torch.__version__, 'numpy': np.__version__}
@@ -861,6 +940,11 @@ elif process == 0:
         die(f'cannot write to --out_dir={out_dir}: {error.strerror}')
 federate.all_gather({})
 metrics = open(out / 'metrics.jsonl', 'ab', buffering=0) if process == 0 else None
+if process == 0 and tensorboard:  # all kept lines are drawn anew: purge_step has readers drop what earlier files say
+    board = SummaryWriter(out / 'tensorboard', purge_step=0)
+if board or wandb_run:
+    for line in (out / 'metrics.jsonl').read_text(encoding='utf-8').splitlines():
+        draw(json.loads(line))
 
 # ---- Algorithm 1 ---------------------------------------------------------------------------------------------------
 n_present = max(1, round(participation * N))
@@ -872,7 +956,7 @@ if process == 0:
 if not resume:
     save_round([])  # round 0: from here on there is always something to continue from
 if process == 0:
-    print(
+    say(
         f'{method} on {dataset} ({target}): {N} users'
         + f', {n_present} a round' * (n_present < N)
         + f', {sum(p.numel() for p in base.parameters()):,} frozen parameters, '
@@ -884,11 +968,14 @@ bar = tqdm(
     initial=start * n_present * local_steps,
     unit='step',
     smoothing=0.05,
-    disable=None if process == 0 else True,
+    disable=hidden or None,
 )
+told = began_round_1
 for t in range(start, rounds):
     last = t + 1 == rounds
     present = sample(n_present, t, 0, 2)  # by (seed, round) alone
+    losses.clear()
+    done = 0
     if aggregate == 'flora':
         merge(server)
     failing = {i for i, chance in enumerate(np.random.default_rng((seed, 0, t, 0, 3)).random(N)) if chance < failures}
@@ -925,7 +1012,10 @@ for t in range(start, rounds):
                         lr=router_lr,
                     )
             bar.update()
+            done += 1
             bar.set_postfix({'round': t + 1, 'user': user.name, 'loss': f'{ce:.3f}', 'test ppl': tested_so_far})
+            if time.time() - told > 60:
+                told = progress(done)
         clock['training'] += time.time() - tic
         if user.id in failing:
             continue
@@ -933,6 +1023,7 @@ for t in range(start, rounds):
             prune(user)
         if (last or (t + 1) % eval_every == 0) and user.id in tested:  # after local steps, before aggregation
             test_perplexity(user, user.model, 'local')
+    told = progress(done)
     present = [i for i in present if i not in failing]
     awake([user.id for user in users if user.id in present])  # who failed has lost what it did: its file says what it is
     bar.update((t + 1) * n_present * local_steps - bar.n)  # steps of other processes, and of who failed
@@ -956,7 +1047,7 @@ for t in range(start, rounds):
     clock['checkpoints'] += time.time() - tic
     ppl = of_all('local')
     if process == 0 and mean(ppl) is not None and (last or (t + 1) % eval_every == 0):
-        tqdm.write(
+        say(
             f'round {t + 1:3}/{rounds}  test perplexity '
             + (
                 '  '.join(f'{name} {cell(p)}' for name, p in zip(names, ppl))
@@ -976,7 +1067,7 @@ for user in users if fuse and rounds else ():
 publish()
 for user in users:  # what choices between runs may look at
     with autocast:
-        result = evaluate(user.model, user.data['valid'], block_size)
+        result = evaluate(user.model, user.data['valid'], block_size, hidden)
     log('eval', step=user.expert_steps, user=user.id, split='valid', when='final', loss=result['loss'], ppl=result['ppl'])
 publish()
 save_adapters()
@@ -998,6 +1089,8 @@ if processes > 1:
 if process > 0:
     sys.exit()
 metrics.close()
+if board:
+    board.close()
 if rounds and (aggregate == 'trust' or aggregate == 'consensus' and rounds >= consensus_start):
     import plot
 
@@ -1037,6 +1130,9 @@ summary = {
     'peak_rss_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024),
 }
 write_atomically(out / 'summary.json', lambda file: file.write_text(json.dumps(summary, indent=1)))
+if wandb_run:
+    wandb_run.summary.update({name: value for name, value in summary.items() if type(value) in (int, float, str)})
+    wandb_run.finish()
 columns = {'pretrained': of_all('pretrained'), method: ppl} | ({'after aggregation': of_all('aggregated')} if after else {})
 columns = {name: column for name, column in columns.items() if mean(column) is not None}  # of a few tested, perhaps nobody
 rows = [[name, *row] for name, row in zip(summary['users'], zip(*columns.values()))]
@@ -1049,4 +1145,4 @@ print(
         ],
     )
 )
-print(f'{summary["seconds"]:.0f} s; wrote {out}/summary.json, metrics.jsonl, config.json, checkpoint/, adapters/')
+say(f'{summary["seconds"]:.0f} s; wrote {out}/summary.json, metrics.jsonl, config.json, checkpoint/, adapters/')
