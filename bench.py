@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -135,11 +136,13 @@ def batch(args: argparse.Namespace, B: int, T: int) -> tuple[torch.Tensor, torch
     return idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
 
 
-def autocast(args: argparse.Namespace, dtype: str):
+def autocast(args: argparse.Namespace, dtype: str) -> contextlib.AbstractContextManager:
     return torch.autocast(args.device, torch.bfloat16) if dtype == 'bf16' else contextlib.nullcontext()
 
 
-def training_step(args, loss, parameters, data: tuple, dtype: str, micro: int | None = None):
+def training_step(
+    args: argparse.Namespace, loss: Callable, parameters: Iterable, data: tuple, dtype: str, micro: int | None = None
+) -> Callable:
     """A function that makes one optimizer step on the batch, with a backward for every micro-batch."""
     parameters = [p for p in parameters if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
@@ -159,7 +162,7 @@ def training_step(args, loss, parameters, data: tuple, dtype: str, micro: int | 
     return step
 
 
-def bound_step(args, base: GPT, data: tuple, dtype: str):
+def bound_step(args: argparse.Namespace, base: GPT, data: tuple, dtype: str) -> Callable:
     """The base's own forward and the gradients of its activations: what every method on this base has to pay. The bias of the
     first c_attn asks for a gradient, so that as in training none flows below it."""
     base = copy.deepcopy(base)
@@ -174,7 +177,7 @@ def bound_step(args, base: GPT, data: tuple, dtype: str):
     return step
 
 
-def peft_step(args, data: tuple, dtype: str):
+def peft_step(args: argparse.Namespace, data: tuple, dtype: str) -> Callable:
     """transformers + PEFT, LoRA of rank 16 on the same four linears: as many active LoRA columns as two experts of rank 8."""
     from peft import LoraConfig, get_peft_model
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -197,7 +200,7 @@ def peft_step(args, data: tuple, dtype: str):
     return training_step(args, lambda x, y: (model(input_ids=x, labels=x).loss, [None]), model.parameters(), data, dtype)
 
 
-def evaluation_step(args, user: GPT, dtype: str, n: int):
+def evaluation_step(args: argparse.Namespace, user: GPT, dtype: str, n: int) -> Callable:
     """eval.py's evaluate on a stream with n tokens to predict."""
     tokens = np.random.default_rng(0).integers(0, args.vocab_size, n + 1)
 
@@ -208,7 +211,7 @@ def evaluation_step(args, user: GPT, dtype: str, n: int):
     return step
 
 
-def flops(args, T: int = 128, K: int = 2) -> dict:
+def flops(args: argparse.Namespace, T: int = 128, K: int = 2) -> dict:
     """FLOPs of a token: `step`, a training step with K active experts of rank 8; `plain`, the same in P's form; `forward`.
 
     Frozen weights have no gradient, and nothing flows below the first block's LoRA. Products only; a LoRA costs three times
@@ -221,7 +224,7 @@ def flops(args, T: int = 128, K: int = 2) -> dict:
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------------
-def seconds(function, device: str) -> float:
+def seconds(function: Callable, device: str) -> float:
     """Of one call; on CUDA between two events, so that the queue stays full and only its end is waited for."""
     if device == 'cuda':
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -261,7 +264,7 @@ def cost(step: list, reference: list) -> float:
     return max(ratios(step, reference))
 
 
-def product_rate(args, dtype: str) -> float:
+def product_rate(args: argparse.Namespace, dtype: str) -> float:
     """FLOP/s of the model's five products x W^T at 1024 rows (8192 on CUDA): the best shape's median of 7."""
     d, V, best = args.n_embd, args.vocab_size, 0.0
     for n_in, n_out in ((d, 3 * d), (d, d), (d, 4 * d), (4 * d, d), (d, V)):
@@ -275,7 +278,7 @@ def product_rate(args, dtype: str) -> float:
     return best
 
 
-def compare(ours: GPT, plain: nn.Module, args, data: tuple, dtypes: tuple = ('fp32', 'fp32')) -> dict:
+def compare(ours: GPT, plain: nn.Module, args: argparse.Namespace, data: tuple, dtypes: tuple = ('fp32', 'fp32')) -> dict:
     """Ours against P's: `worst` relative error of loss and gradients, least `cosine` of a gradient, and of all `together`. NaN
     is refused."""
     found = []
@@ -307,7 +310,7 @@ def compare(ours: GPT, plain: nn.Module, args, data: tuple, dtypes: tuple = ('fp
 
 
 # ---- the parts: each returns what goes into the JSON file --------------------------------------------------------------------
-def gradients(args) -> dict:
+def gradients(args: argparse.Namespace) -> dict:
     """Goal 8, before any timing."""
     base, result = new_base(args), {}
     data = batch(args, 2, 128)
@@ -326,7 +329,7 @@ def gradients(args) -> dict:
     return result
 
 
-def speed(args, dtype: str, compiled: bool = False) -> dict:
+def speed(args: argparse.Namespace, dtype: str, compiled: bool = False) -> dict:
     """Goals 1 to 6 and 9."""
     B, T = (64, 128) if args.device == 'cuda' else (8, 128)
     base, data = new_base(args), batch(args, B, T)
@@ -374,7 +377,7 @@ def peak_memory(reset: bool = False) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
-def worker(args, what: str) -> float:
+def worker(args: argparse.Namespace, what: str) -> float:
     """Peak memory in a process of its own: of a step ('ours bf16 64x8': 64 windows in micro-batches of 8), or of so many users
     who all have made a step ('users fp32 32')."""
     name, dtype, *shape = what.split()
@@ -403,7 +406,7 @@ def worker(args, what: str) -> float:
     return peak_memory()
 
 
-def in_fresh_process(args, what: str) -> float:
+def in_fresh_process(args: argparse.Namespace, what: str) -> float:
     size = [f'--{name}={getattr(args, name)}' for name in ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'device')]
     done = subprocess.run([sys.executable, __file__, f'--worker={what}', *size], capture_output=True, text=True)
     if done.returncode:
@@ -411,7 +414,7 @@ def in_fresh_process(args, what: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def memory(args) -> dict:
+def memory(args: argparse.Namespace) -> dict:
     """Goals 7 and 10."""
     B = 64 if args.device == 'cuda' else 8
     wanted = [f'{name} {dtype} {B}x{B}' for dtype in ('bf16', 'fp32') for name in ('ours', 'P')]
@@ -466,7 +469,7 @@ def first_line(command: list, file: Path, limit: float = 300) -> float:
     sys.exit(f'no training step within {limit:.0f} s: {error.strip()[-400:]}')
 
 
-def start(args) -> dict:
+def start(args: argparse.Namespace) -> dict:
     """Goal 11: from starting train.py to its first step's line, beyond a bare `import torch`; medians of 3. The step itself is
     one window of 16 tokens."""
     result = {}
@@ -616,7 +619,7 @@ def report(result: dict) -> list[list]:
     return rows
 
 
-def machine(args) -> str:
+def machine(args: argparse.Namespace) -> str:
     name = platform.processor() or platform.machine()
     if sys.platform == 'linux':
         name = next((line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')), name)

@@ -16,14 +16,16 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load
 from safetensors.torch import save as to_bytes
 
 
-def write_atomically(file: Path, write) -> None:
+def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
     """The file appears complete or not at all, whenever the process or the machine dies. write(path) makes it. Ends the
     process with one line if it cannot be written: the disk is full, or the folder is not ours."""
     partial = file.with_name(file.name + '.partial')
@@ -85,7 +87,7 @@ def part(tensors: dict, prefix: str) -> dict:
 KEPT = ('rank', 'stacks_seen', 'expert_steps', 'router_steps')  # of a user, beside its tensors
 
 
-def save_user(file: Path, user) -> None:
+def save_user(file: Path, user: SimpleNamespace) -> None:
     """All that a user is between two rounds: adapter, Adam's moments, what the server or other users gave it alone."""
     tensors = {f'adapter/{name}': p for name, p in user.adapter.items()}
     tensors |= {f'grad/{name}': p.grad for name, p in user.adapter.items() if p.grad is not None}  # of leak_gradients
@@ -97,7 +99,7 @@ def save_user(file: Path, user) -> None:
     save(file, tensors, {name: getattr(user, name) for name in KEPT})
 
 
-def restore_user(file: Path, user) -> None:
+def restore_user(file: Path, user: SimpleNamespace) -> None:
     """The user as `save_user` wrote it. Raises ValueError if the file cannot be read."""
     tensors, facts = read(file)
     vars(user).update(facts, download=part(tensors, 'download/'))

@@ -316,7 +316,7 @@ def top_predictions(model: torch.nn.Module, windows: torch.Tensor, k: int, logit
     return torch.cat(ids).cpu(), torch.cat(values).cpu()
 
 
-def dense(predictions: list[Predictions], vocab_size: int):
+def dense(predictions: list[Predictions], vocab_size: int) -> Iterator[torch.Tensor]:
     """Yields (N, p, V) float32 of a few positions p at a time, zero where a token is not among its user's K."""
     p = max(1, 2**24 // (vocab_size * len(predictions)))  # 64 MB at a time
     for at in range(0, len(predictions[0][0]), p):

@@ -676,7 +676,7 @@ def fusion(user: SimpleNamespace) -> tuple[float, float]:
     least loss on validation windows + 0.05 mean |w|. A search without gradients: steps along the axes, halved twice."""
     own = {name: user.adapter[name].detach().clone() for name in server if user.role[name] == 'generalist'}
 
-    def cost(w):
+    def cost(w: tuple[float, float]) -> float:
         return judged(user, federate.fuse(own, server, *w)) + 0.05 * (abs(w[0]) + abs(w[1])) / 2
 
     cost = functools.cache(cost)

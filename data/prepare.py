@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from tiktoken import Encoding
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -160,13 +161,13 @@ def without_crumbs(asked: dict, shares: dict, n_documents: list[int]) -> dict[st
 # ---- tokens ---------------------------------------------------------------------------------------------------------
 
 
-def encode(enc, text: str) -> np.ndarray:
+def encode(enc: Encoding, text: str) -> np.ndarray:
     if enc.name == 'bytes':
         return np.frombuffer(text.encode(), np.uint8).astype('<u2')
     return enc.encode_to_numpy(text, disallowed_special=()).astype('<u4' if enc.n_vocab > 2**16 else '<u2')
 
 
-def encode_all(enc, texts: list[str]) -> list[np.ndarray]:
+def encode_all(enc: Encoding, texts: list[str]) -> list[np.ndarray]:
     """Over all cores: tiktoken works outside Python's lock. Every n-th text is one task: short ones are not worth their own."""
     n, tokens = min(8, os.cpu_count()), [None] * len(texts)
     with ThreadPoolExecutor(n) as threads:
@@ -176,7 +177,14 @@ def encode_all(enc, texts: list[str]) -> list[np.ndarray]:
 
 
 def fill(
-    streams: list, names: list[str], asked: dict, shares: dict, enc, separator: str, max_chars: int | None, spool: BinaryIO
+    streams: list,
+    names: list[str],
+    asked: dict,
+    shares: dict,
+    enc: Encoding,
+    separator: str,
+    max_chars: int | None,
+    spool: BinaryIO,
 ) -> list[np.ndarray]:
     """Write the distinct documents of `streams` (data/sources.py), each as tokens of separator + text, to the file `spool`,
     until all that is asked is there.
@@ -258,7 +266,7 @@ def deal(pools: list, asked: dict, shares: dict, seed: int) -> dict[tuple[int, s
     return parts
 
 
-def documents_in(spool: BinaryIO, part: np.ndarray, enc, separator: str) -> Iterator[np.ndarray]:
+def documents_in(spool: BinaryIO, part: np.ndarray, enc: Encoding, separator: str) -> Iterator[np.ndarray]:
     """Tokens of every document of a split, (documents, 2) as of deal; the first one without its separator."""
     dtype = encode(enc, '').dtype
     for i, (place, n) in enumerate(part):
@@ -272,7 +280,7 @@ def documents_in(spool: BinaryIO, part: np.ndarray, enc, separator: str) -> Iter
 # ---- the folder -----------------------------------------------------------------------------------------------------
 
 
-def write(folder: Path, names: list[str], parts: dict, asked: dict, spool: BinaryIO, enc, meta: dict) -> dict:
+def write(folder: Path, names: list[str], parts: dict, asked: dict, spool: BinaryIO, enc: Encoding, meta: dict) -> dict:
     """Write all streams and meta.json under a temporary name, then rename: what stands at `folder` is always complete."""
     partial, old = (folder.with_name(f'.{folder.name}.{state}') for state in ('partial', 'old'))
     shutil.rmtree(partial, ignore_errors=True)

@@ -14,7 +14,7 @@ import gzip
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -143,7 +143,9 @@ def field(row: dict, column: str, where: str) -> object:
     return row[column]
 
 
-def documents_of(rows: Iterable[dict], where: str, category, clean=str) -> Iterator[tuple[int, str]]:
+def documents_of(
+    rows: Iterable[dict], where: str, category: int | Callable, clean: Callable[[str], str] = str
+) -> Iterator[tuple[int, str]]:
     """(category, clean(text)) of every row. `category`: a number, or a function of (row, where) that may return None to leave
     the row out. Raises ValueError naming `where` the rows are from."""
     for row in rows:
