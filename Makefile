@@ -1,13 +1,14 @@
 # make demo   set up .venv, prepare the demo's text, train four runs, print one table (under 5 minutes after the set-up)
 # make test   set up .venv with the test tools and run the whole test suite (about six minutes)
 # make reliability   the whole suite with the long form of every reliability figure, and their table (about 25 minutes)
+# make lint   set up the same and check style and format (ruff)
 # make clean  remove what the demo wrote (data/demo, out/); the .venv stays
 PYTHON ?= python3
 PY = .venv/bin/python
 CODE = train.py eval.py model.py lora_moe.py federate.py checkpoint.py configurator.py data/stream.py config/demo.py assets/base-tiny.safetensors
 RUNS = out/demo-local out/demo-fedavg out/demo-1g1s-own out/demo-1g1s-mixture
 
-.PHONY: demo test reliability clean
+.PHONY: demo test lint reliability clean
 
 demo: $(RUNS:=/summary.json)
 	@echo '== Test perplexity of every user. Local and FedAvg never look at validation text, so one run serves both targets.'
@@ -33,6 +34,11 @@ test: .venv/test-ready
 reliability: .venv/test-ready
 	@echo '== Running the tests, with the long form of every reliability figure'
 	@RELIABILITY=long $(PY) -m pytest -q
+
+lint: .venv/test-ready
+	@echo '== Checking style and format'
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
 
 .venv/run-ready: requirements.txt
 	@echo '== Setting up .venv with the pinned requirements (torch is large; once only)'

@@ -86,3 +86,28 @@ def test_files_named_in_the_readme_exist():
     assert len(files) >= 10
     for file in files:
         assert (ROOT / file).exists(), file
+
+
+def test_line_counts_of_the_readme():
+    """Its table of files names every one, with a length that is right to within a tenth."""
+    said = {}
+    for row in re.findall(r'^\| `.*', (ROOT / 'README.md').read_text(), re.M):  # a row may have two files
+        said |= dict(re.findall(r'`([\w/]+\.py)`(?:(?!\.py`).)*?\((\d+) lines\)', row))
+    lines = {str(f.relative_to(ROOT)): len(f.read_text().splitlines()) for f in [*ROOT.glob('*.py'), *ROOT.glob('data/*.py')]}
+    assert said.keys() == lines.keys()
+    wrong = [f'{file}: {said[file]}, has {n}' for file, n in lines.items() if abs(int(said[file]) - n) > n / 10]
+    assert not wrong, f'README.md: {"; ".join(wrong)}'
+
+
+def test_the_paper_is_cited_alike():
+    """CITATION.cff says of the paper what the README's BibTeX entry says."""
+    entry, cff = (ROOT / 'README.md').read_text().partition('@inproceedings')[2], (ROOT / 'CITATION.cff').read_text()
+    values = dict(re.findall(r'(\w+)\s*= \{([^}]*)\}', entry))
+    assert len(values) >= 8
+    for key in ('title', 'booktitle', 'year', 'volume'):
+        assert values[key] in cff, key
+    for person in values['author'].split(' and '):
+        family, given = person.split(', ')
+        assert f'family-names: {family}\n      given-names: {given}\n' in cff
+    begin, end = values['pages'].split('--')
+    assert f'start: {begin}\n    end: {end}\n' in cff
