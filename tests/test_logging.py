@@ -5,11 +5,13 @@ import pty
 import subprocess
 import sys
 import termios
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from tqdm import tqdm
 
 
 def points(lines: list[dict]) -> dict[str, list[tuple]]:
@@ -174,15 +176,32 @@ def test_a_log_file_has_a_line_for_every_round(train, capsys):
     assert out.index('round   3/3') < out.index('pretrained  comigs_1g1s')
 
 
-def test_a_log_file_has_a_line_a_minute(train, capsys, monkeypatch):
-    """On a clock that runs 50 times as fast: lines within the round, after at least a minute each."""
-    import time
+def test_a_log_file_can_be_followed(tiny, tmp_path):
+    """A line is in the file when its round has ended: not kept back until there are 8 kB of them, and no bar between them."""
+    args = ['--rounds=100000', '--local_steps=1', '--batch_size=2', '--block_size=16', '--device=cpu', f'--dataset={tiny.data}']
+    args += [f'--init_from={tiny.base}', f'--out_dir={tmp_path}/run']
+    file, deadline = tmp_path / 'log.txt', time.time() + 120
+    with open(file, 'w') as log:
+        env = {name: value for name, value in os.environ.items() if name != 'PYTHONUNBUFFERED'}
+        run = subprocess.Popen([sys.executable, 'train.py', *args], cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        while 'left' not in (said := file.read_text()) and run.poll() is None and time.time() < deadline:
+            time.sleep(0.05)
+    finally:
+        run.terminate()
+        run.wait()
+    assert len(said) < 4096 and '/100000  3/3 users  train loss ' in said and '\r' not in said
 
-    began, real = time.time(), time.time
+
+def test_a_log_file_has_a_line_a_minute(train, monkeypatch):
+    """On a clock whose minutes take 20 ms: lines within the round, a minute or more apart."""
+    began, real, said = time.time(), time.time, []
     monkeypatch.setattr(time, 'time', lambda: began + 3000 * (real() - began))
+    monkeypatch.setattr(tqdm, 'write', lambda text: said.append((time.time(), text)))
     train('--rounds=1', '--local_steps=20')
-    lines = [line for line in capsys.readouterr().out.splitlines() if 'left' in line]
-    assert len(lines) > 1 and lines[0].startswith('round   1/1  0/3 users  train loss ') and '3/3 users' in lines[-1]
+    at, lines = zip(*[(at, text) for at, text in said if text.endswith(' left')])
+    assert len(lines) > 2 and lines[0].startswith('round   1/1  0/3 users  train loss ') and '3/3 users' in lines[-1]
+    assert min(np.diff(at[:-1])) > 60  # the last one comes when the round has ended
 
 
 def test_quiet_leaves_the_table(train, capsys):
