@@ -941,7 +941,7 @@ elif process == 0:
 federate.all_gather({})
 metrics = open(out / 'metrics.jsonl', 'ab', buffering=0) if process == 0 else None
 if process == 0 and tensorboard:  # all kept lines are drawn anew: purge_step has readers drop what earlier files say
-    board = SummaryWriter(out / 'tensorboard', purge_step=0)
+    board = SummaryWriter(out / 'tensorboard', purge_step=0, flush_secs=10)
 if board or wandb_run:
     for line in (out / 'metrics.jsonl').read_text(encoding='utf-8').splitlines():
         draw(json.loads(line))
