@@ -357,6 +357,20 @@ def report(meta: dict, asked: dict, paper: dict | None, supply: str) -> None:
         print(f'user {i} ({users[i]["name"]}) has fewer tokens than asked: {splits}; there is no more text')
 
 
+def unread(folder: Path) -> str:
+    """One line about the files of a user's sub-folder (local) that are not read; '' if all are. Hidden ones do not count."""
+    files = [path.relative_to(folder) for path in folder.rglob('*') if path.is_file()]
+    files = {path for path in files if not any(part.startswith('.') for part in path.parts)}
+    left = files - {path.relative_to(folder) for path in sources.find_files(folder)}
+    kinds = sorted({f'{path.parts[0]}/' if len(path.parts) > 1 else path.suffix or path.name for path in left})
+    return (
+        f'{folder.name}: {len(left)} of {len(files)} files are not read ({one_line(", ".join(kinds))}): only '
+        f'{", ".join(sources.FORMATS)} that lie directly in the folder are; copy text to .txt'
+        if left
+        else ''
+    )
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -388,6 +402,9 @@ def prepare(options: dict) -> dict:
     """Prepare one data set, print a report, return meta.json. Raises ValueError or OSError with a one-line message."""
     folder, chosen = check(options), SETS[options['set']]
     enc = encoding(options['tokenizer'])
+    for user in sorted(Path(options['source']).iterdir()) if options['set'] == 'local' else ():
+        if user.is_dir() and not user.name.startswith('.') and (line := unread(user)):
+            print(line)
     wishes = [sizes(options, options['users'] or 4)] if options['set'] == 'demo' else []  # installed text is cut to measure
     categories, streams, where = chosen['open'](options, *wishes)
     n_users = options['users'] or len(categories)

@@ -407,6 +407,19 @@ def test_local(tmp_path):
         assert user['documents'] == {split: len(found[i, split]) for split in SPLITS}
 
 
+def test_local_says_what_it_does_not_read(tmp_path, capsys):
+    """Other formats and deeper folders are left out: that is said, once a user, and hidden files are nobody's text."""
+    for user in ('ann', 'ben'):
+        (tmp_path / 'in' / user / 'old').mkdir(parents=True)
+        (tmp_path / 'in' / user / 'a.txt').write_text('\n\n'.join(f'{user} {i} ' + 'word ' * 20 for i in range(40)))
+    for name in ('b.md', 'old/c.txt', '.hidden.md'):
+        (tmp_path / 'in' / 'ann' / name).write_text('never read')
+    assert run('local', '--source', tmp_path / 'in', '--out_root', tmp_path, '--tokenizer=bytes', '--name=mine') == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith('ann: 2 of 3 files are not read (.md, old/): only .jsonl, ')
+    assert not any(line.startswith('ben:') for line in lines)
+
+
 def test_local_sizes_users_and_mixing(tmp_path):
     """Fractions and sizes go together, --users takes the first, --alpha deals all of the text among more users."""
     for name in LANGUAGES:
