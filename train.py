@@ -410,12 +410,14 @@ def load(user: SimpleNamespace, tensors: dict) -> None:
 
 def upload(user: SimpleNamespace) -> dict:
     """What leaves the user: copies of its shared tensors and nothing else."""
-    return attacked(user, federate.truncate({name: user.adapter[name].detach().clone() for name in shared}, user.rank))
+    sent = {name: user.adapter[name].detach().clone() for name in shared}
+    return attacked(user, federate.truncate(sent, user.rank))
 
 
 def asked_of(i: int) -> dict:
     """Tensors such as user i has to send: names, shapes and dtypes (the values are those of the start)."""
-    return federate.truncate({name: origin[name] for name in shared}, rank_of[i])
+    asked = {name: origin[name] for name in shared}
+    return federate.truncate(asked, rank_of[i])
 
 
 def attacked(user: SimpleNamespace, sent: dict) -> dict:
