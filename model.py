@@ -14,6 +14,7 @@ Shapes: B sequences, T tokens per sequence, C = n_embd, V = vocab_size, H = n_he
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -91,15 +92,20 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, past: list | None = None) -> torch.Tensor:
+        """x (B, T, C) -> (B, T, C). past: as an entry of the cache of GPT.hidden."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, C/H) each
+        if past is not None:
+            if past:
+                k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)  # (B, H, S + T, C/H) each
+            past[:] = k, v
         if x.device.type == 'cpu' and T <= 128 and torch.is_grad_enabled():  # SDPA's backward is slow there
             future = torch.ones(T, T, dtype=torch.bool).triu(1)
             scores = (q * (C // self.n_head) ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, T)
             y = scores.masked_fill(future, -torch.inf).softmax(-1).to(v.dtype) @ v  # (B, H, T, C/H)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # a lone token is the last and sees all
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
 
@@ -121,8 +127,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, routing: object = None) -> tuple:
-        x = x + self.attn(self.ln_1(x))  # (B, T, C)
+    def forward(self, x: torch.Tensor, routing: object = None, past: list | None = None) -> tuple:
+        x = x + self.attn(self.ln_1(x), past)  # (B, T, C)
         y, routing = self.mlp(self.ln_2(x), routing)  # (B, T, C)
         return x + y, routing
 
@@ -141,16 +147,20 @@ class GPT(nn.Module):
             elif 'ln_' not in name:  # residual projections are scaled by depth
                 nn.init.normal_(p, std=0.02 / (math.sqrt(2 * config.n_layer) if 'c_proj' in name else 1))
 
-    def hidden(self, idx: torch.Tensor) -> tuple[torch.Tensor, list]:
+    def hidden(self, idx: torch.Tensor, cache: list[list] | None = None) -> tuple[torch.Tensor, list]:
         """Last hidden states and what each layer's MLP says of its routing (None for a plain MLP).
 
-        idx (B, T) int64, T <= n_positions, else ValueError -> (B, T, C), list of n_layer."""
-        if idx.shape[1] > self.config.n_positions:
-            raise ValueError(f'a sequence of {idx.shape[1]} tokens, but this GPT-2 has {self.config.n_positions} positions')
-        x = self.wte(idx) + self.wpe.weight[: idx.shape[1]]  # (B, T, C)
+        idx (B, T) int64 -> (B, T, C), list of n_layer. cache, for generating: a list for every layer, empty at first and then
+        [keys, values], (B, H, S, C/H) each, of S tokens before idx, which must then be a single one; idx's are added to it.
+        Raises ValueError if S + T > n_positions."""
+        S = cache[0][0].shape[2] if cache and cache[0] else 0
+        end = S + idx.shape[1]
+        if end > self.config.n_positions:
+            raise ValueError(f'a sequence of {end} tokens, but this GPT-2 has {self.config.n_positions} positions')
+        x = self.wte(idx) + self.wpe.weight[S:end]  # (B, T, C)
         routing, decided = [], None
-        for block in self.h:
-            x, decided = block(x, decided)
+        for block, past in zip(self.h, cache or [None] * len(self.h)):
+            x, decided = block(x, decided, past)
             routing.append(decided)
         return self.ln_f(x), routing
 
@@ -173,36 +183,49 @@ class GPT(nn.Module):
         return CrossEntropy.apply(x, self.wte.weight, targets), routing
 
     @torch.no_grad()
-    def generate(
+    def stream(
         self,
         idx: torch.Tensor,
         max_new_tokens: int,
         temperature: float = 1.0,
         top_k: int | None = None,
         seed: int | None = None,
-    ) -> torch.Tensor:
-        """Continues idx (B, T), T >= 1, by max_new_tokens sampled tokens -> (B, T + max_new_tokens).
+        cached: bool = True,
+    ) -> Iterator[torch.Tensor]:
+        """Yields max_new_tokens sampled tokens (B, 1) that continue idx (B, T), T >= 1, each as soon as it is known.
 
-        temperature 0 takes the likeliest token; top_k keeps the k likeliest; the seed fixes the sample. The context is
-        the last n_positions tokens. Raises ValueError on an empty prompt or a senseless temperature or top_k."""
+        The seed fixes the sample. The context is the last n_positions tokens. cached=False computes it anew for every token.
+        Raises ValueError on an empty prompt or a senseless temperature or top_k."""
         if idx.shape[1] < 1:
             raise ValueError('the prompt is empty: generate needs at least one token')
-        if temperature < 0 or (top_k is not None and top_k < 1):
+        if not temperature >= 0 or (top_k is not None and top_k < 1):
             raise ValueError(f'temperature {temperature} must be >= 0 and top_k {top_k} >= 1')
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+        # routing by prefix or sequence needs the tokens before, not only their keys and values
+        cached = cached and all(getattr(block.mlp, 'routing_unit', 'token') == 'token' for block in self.h)
+        cache = [[] for _ in self.h] if cached else None
         for _ in range(max_new_tokens):
-            x, _ = self.hidden(idx[:, -self.config.n_positions :])
-            logits = self.head(x[:, -1]).float()  # (B, V)
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)  # (B, 1)
-            else:
-                logits = logits / temperature
-                if top_k is not None:
-                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, -torch.inf)
-                new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            if idx.shape[1] > self.config.n_positions:
+                cache = None  # positions are absolute: where the window slides, every token gets a new one
+            x, _ = self.hidden(idx[:, -1:] if cache and cache[0] else idx[:, -self.config.n_positions :], cache)
+            new = choose(self.head(x[:, -1]).float(), temperature, top_k, generator)  # (B, 1)
             idx = torch.cat((idx, new), dim=1)
-        return idx
+            yield new
+
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, *args, **kwargs) -> torch.Tensor:
+        """idx (B, T) and what `stream` adds to it -> (B, T + max_new_tokens)."""
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, *args, **kwargs)), dim=1)
+
+
+def choose(logits: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> torch.Tensor:
+    """One token of each row of logits (B, V) -> (B, 1): the likeliest if temperature is 0, else drawn from
+    softmax(logits / temperature) over the top_k likeliest (None: all; ties with the last of them stay in)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
 
 
 def load_gpt(source: str) -> GPT:

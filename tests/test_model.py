@@ -9,7 +9,8 @@ from conftest import relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
-from model import GPT, CrossEntropy, GPTConfig, fast_fp32, load_gpt, save_gpt
+from lora_moe import add_lora, roles
+from model import GPT, CrossEntropy, GPTConfig, choose, fast_fp32, load_gpt, save_gpt
 
 
 @pytest.fixture(scope='module')
@@ -101,6 +102,85 @@ def test_generate():
             gpt.generate(prompt, 1, **bad)
     with pytest.raises(ValueError, match='empty'):
         gpt.generate(prompt[:, :0], 1)
+
+
+def test_choose():
+    """softmax(logits / temperature) over the top_k likeliest: p = 1/2, 1/4, 1/8, 1/8 becomes p^(1/temperature), normalised."""
+    p = [0.5, 0.25, 0.125, 0.125]
+    logits, generator = torch.tensor(p).log().expand(40_000, 4), torch.Generator().manual_seed(0)
+    for temperature, top_k, expected in (
+        (1, None, p),
+        (0.5, 2, [0.8, 0.2, 0, 0]),
+        (2, 2, [2**0.5 / (2**0.5 + 1), 1 / (2**0.5 + 1), 0, 0]),
+        (1, 3, p),  # the fourth ties with the third
+        (1, 9, p),
+        (0.7, 1, [1, 0, 0, 0]),
+        (0, None, [1, 0, 0, 0]),
+    ):
+        shares = choose(logits, temperature, top_k, generator).flatten().bincount(minlength=4) / len(logits)
+        assert shares.tolist() == pytest.approx(expected, abs=0.01), (temperature, top_k)
+        assert [share > 0 for share in shares] == [e > 0 for e in expected]
+
+
+# ---- the cache of keys and values against recomputing ------------------------------------------------------------------
+def user_model(n, **kwargs):
+    """A GPT-2, for n > 0 under a user's LoRA with n experts, all of whose own values are far from zero."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(50, 16, 3, 2, 16))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    if n:
+        model = add_lora(model, n, 1, 4, **kwargs)
+        for name, p in model.named_parameters():
+            if name in roles(model):
+                torch.nn.init.normal_(p.data, std=2.0 if 'router' in name else 0.2)
+    return model
+
+
+MODELS = [(0, {}), (1, {}), (2, {}), (4, {}), (4, dict(top_k=1)), (4, dict(routed=False)), (4, dict(one_routing=True))]
+
+
+@pytest.mark.parametrize('n, kwargs', MODELS)
+@pytest.mark.parametrize('first', [1, 5])
+@torch.no_grad()
+def test_token_by_token_with_a_cache(n, kwargs, first):
+    """A prompt of `first` tokens, then one at a time: the logits and the experts of the whole sequence at once."""
+    model, idx = user_model(n, **kwargs), torch.randint(50, (3, 16), generator=torch.Generator().manual_seed(1))
+    whole, routing = model(idx)
+    cache, x, chosen = [[] for _ in model.h], [], []
+    for part in (idx[:, :first], *idx[:, first:].split(1, dim=1)):
+        hidden, decided = model.hidden(part, cache)
+        x.append(hidden)
+        chosen += [torch.stack([r.chosen.unflatten(0, part.shape) for r in decided])] if decided[0] else []
+    logits = model.head(torch.cat(x, 1))
+    assert relative_error(logits, whole) < 1e-6 and (logits - whole).abs().max() < 1e-5 * whole.abs().max()
+    if chosen:
+        assert torch.equal(torch.cat(chosen, 2), torch.stack([r.chosen.unflatten(0, idx.shape) for r in routing]))
+    assert bool(chosen) == (n > 1 and kwargs.get('routed', True))
+    with pytest.raises(ValueError, match='17 tokens.*16 positions'):
+        model.hidden(idx[:, :1], cache)
+
+
+@pytest.mark.parametrize('n, kwargs', [*MODELS, (4, dict(routing_unit='prefix')), (4, dict(routing_unit='sequence'))])
+def test_the_cache_does_not_change_the_text(n, kwargs):
+    """Beyond the 16 positions, too, where the window slides and no key stays valid; and where a decision needs the tokens
+    before, so that nothing may be cached."""
+    model = user_model(n, **kwargs)
+    for prompt in (torch.tensor([[7], [8]]), torch.randint(50, (2, 20), generator=torch.Generator().manual_seed(2))):
+        for how in (dict(temperature=0), dict(temperature=0.8, top_k=20, seed=3)):
+            a, b = (model.generate(prompt, 30, **how, cached=cached) for cached in (True, False))
+            assert torch.equal(a, b) and torch.equal(a[:, : prompt.shape[1]], prompt)
+    with torch.no_grad():  # the plain formula of the greedy text: the likeliest after the last 16 tokens
+        greedy = model.generate(prompt, 30, temperature=0)
+        for end in range(prompt.shape[1], greedy.shape[1]):
+            assert torch.equal(model(greedy[:, end - 16 : end])[0][:, -1].argmax(-1), greedy[:, end])
+
+
+def test_only_one_token_passes_once_the_prompt_is_known():
+    model, seen = user_model(2), []
+    model.h[0].register_forward_pre_hook(lambda block, args: seen.append(args[0].shape[1]))
+    tokens = list(model.stream(torch.tensor([[1, 2, 3]]), 16))
+    assert len(tokens) == 16 and seen == [3] + [1] * 13 + [16, 16]  # 3 + 13 fill the 16 positions
 
 
 def test_a_sequence_longer_than_the_positions_is_refused():
