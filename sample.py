@@ -37,8 +37,12 @@ def open_models(args: argparse.Namespace) -> tuple[dict, dict[str, GPT], dict[st
 
     Without a run the base alone. Raises, or dies, in one line for what is missing or does not belong together."""
     config = read_run(args.run)[0] if args.run else {'device': 'cpu', 'dtype': 'float32'}
-    source = args.init_from or config['init_from']
-    base = load_gpt(source).to(args.device or config['device']).requires_grad_(False)
+    source, device = args.init_from or config['init_from'], args.device or config['device']
+    base = load_gpt(source).requires_grad_(False)
+    try:
+        base.to(device)
+    except (RuntimeError, AssertionError) as error:
+        die(f'cannot use the device {device} ({str(error).splitlines()[0]}): give --device=cpu')
     if args.run and fingerprint(base) != config['base_sha256']:
         die(f'{source} is not the base that {args.run} was trained on (SHA-256 differs)')
     fast_fp32(base.wte.weight.device.type)
@@ -156,7 +160,7 @@ def main() -> None:
         config, models, names = open_models(args)
         enc = tokenizer_of(models['base'])
         prompts = [read_prompt(prompt, enc, models['base'].config.n_positions) for prompt in args.prompt or ['']]
-    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         die(error)
     whom = [args.user or [*names, 'base'][0]]
     if args.compare:

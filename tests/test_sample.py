@@ -174,6 +174,7 @@ def test_refusals(train, refused, tiny, tmp_path):
     for bad in ('tokens=0', 'top_k=0', 'temperature=-0.1', 'temperature=nan', 'temperature=inf', 'samples=0', 'seed=-1'):
         refused(f'--{bad.replace("=0", "=0:") if bad.endswith("=0") else bad}', run.out, f'--{bad}')
     refused('invalid int value', run.out, '--tokens=many')
+    refused('cannot use the device quantum', run.out, '--device=quantum')
     refused('nowhere', run.out, '--prompt=FILE:nowhere')
     (tmp_path / 'latin').write_bytes(b'caf\xe9')
     refused('latin is not text in UTF-8', run.out, f'--prompt=FILE:{tmp_path}/latin')
