@@ -26,7 +26,7 @@ from tqdm import tqdm
 from configurator import die
 from data.stream import encoding, load_text
 from eval import fingerprint, models_of, names_of, read_run, tested
-from model import GPT, fast_fp32, load_gpt, store_in_bf16
+from model import GPT, load_gpt, store_in_bf16
 
 NARROWEST, GAP, MOST = 24, 2, 8  # columns of --compare: characters, characters between two, users if --user names none
 CONTROL = {c: '\ufffd' for c in [*range(32), *range(127, 160)] if chr(c) not in '\n\t'}  # could command the terminal
@@ -45,7 +45,6 @@ def open_models(args: argparse.Namespace) -> tuple[dict, dict[str, GPT], dict[st
         die(f'cannot use the device {device} ({str(error).splitlines()[0]}): give --device=cpu')
     if args.run and fingerprint(base) != config['base_sha256']:
         die(f'{source} is not the base that {args.run} was trained on (SHA-256 differs)')
-    fast_fp32(base.wte.weight.device.type)
     if config['dtype'] == 'bfloat16':  # as in train.py
         store_in_bf16(base)
     if not args.run:
