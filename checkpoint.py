@@ -62,7 +62,7 @@ def seal(raw: bytes) -> int:
 
 
 def read(file: Path, prefix: str = '') -> tuple[dict[str, torch.Tensor], dict]:
-    """(the tensors whose names begin with the prefix, without it; facts). Raises ValueError naming the file."""
+    """(the tensors whose names begin with the prefix, without it, in order of names; facts). Raises ValueError naming the file."""
     try:
         raw = Path(file).read_bytes()
         at = seal(raw)
@@ -72,7 +72,7 @@ def read(file: Path, prefix: str = '') -> tuple[dict[str, torch.Tensor], dict]:
         if digest.hexdigest().encode() != raw[at : at + 64]:
             raise ValueError
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], 'little')])
-        return part(load(raw), prefix), json.loads(header['__metadata__']['facts'])
+        return part(dict(sorted(load(raw).items())), prefix), json.loads(header['__metadata__']['facts'])
     except OSError as error:
         raise ValueError(f'{file} cannot be read ({error.strerror})') from None
     except Exception:

@@ -229,13 +229,16 @@ asks_public = aggregate == 'consensus' or (aggregate, trust) == ('trust', 'predi
 if public_text and not asks_public:
     die(f'--public_text={public_text} is read by --aggregate=consensus and --trust=predictions only')
 out = Path(out_dir)
-if out.exists() and not out.is_dir():
-    die(f'--out_dir={out_dir} is a file: give a folder')
-if resume and not checkpoint.rounds(out / 'checkpoint'):
-    die(f'--resume: {out_dir} has no checkpoint; start without --resume')
-if (out / 'config.json').exists() and not (resume or overwrite):
-    state = 'a finished run' if (out / 'summary.json').exists() else 'an unfinished run'
-    die(f'{out_dir} already holds {state}: give --resume to continue it, --overwrite to replace it, or another --out_dir')
+try:
+    if out.exists() and not out.is_dir():
+        die(f'--out_dir={out_dir} is a file: give a folder')
+    if resume and not checkpoint.rounds(out / 'checkpoint'):
+        die(f'--resume: {out_dir} has no checkpoint; start without --resume')
+    if (out / 'config.json').exists() and not (resume or overwrite):
+        state = 'a finished run' if (out / 'summary.json').exists() else 'an unfinished run'
+        die(f'{out_dir} already holds {state}: give --resume to continue it, --overwrite to replace it, or another --out_dir')
+except OSError as error:
+    die(f'cannot look into --out_dir={out_dir}: {error.strerror}')
 try:
     if tensorboard:
         from torch.utils.tensorboard import SummaryWriter

@@ -171,7 +171,7 @@ def tell(run: SimpleNamespace, calls: list[SimpleNamespace]) -> str:
 
     say('--- 4. upload')
     combined = next(c for c in calls if c.name == 'combine')
-    updates, server = combined.args[1], combined.result[0]
+    updates, server = [*combined.args[0].values()], combined.result[0]
     for user, (call,), update in zip(users, of['upload'], updates):
         count = ', '.join(f'{sum(role[n] == r for n in update)} {r}' for r in ROLES)
         gone = distance(start[user.id], update, run.shared)

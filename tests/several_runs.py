@@ -6,7 +6,6 @@ ACCIDENTS: for every run what happens to it, or null:
     {"signal": 9, "at": "fsync", "call": 3}  the run kills itself before its third call of that function (of POINTS)
     {"count": true}                          it writes how often it calls each of POINTS to stderr
     {"limit": 30000}                         it can write no file longer than so many bytes, as if the disk were full
-    {"uid": 65534}                           it is another user, whose files these are not
     {"audit": FILE}                          what it broadcasts to other processes is appended to the file, byte for byte
     {"mark": 1.5}                            specialists and routers start as this number everywhere
     {"samples": true}                        memory (bytes), open files and threads, ten times a second
@@ -40,8 +39,6 @@ def prepare(accident: dict) -> None:
     """In the child, before the run."""
     if 'limit' in accident:
         resource.setrlimit(resource.RLIMIT_FSIZE, (accident['limit'], accident['limit']))
-    if 'uid' in accident:
-        os.setuid(accident['uid'])
     if 'audit' in accident:
         broadcast = dist.broadcast
 

@@ -247,7 +247,7 @@ def test_bad_input_is_one_line_and_writes_nothing(train, export, tmp_path, capsy
     ):
         assert message in refused(capsys, export, *given)
     (run.out / 'adapters' / 'user0.safetensors').write_bytes(b'\xff' * 100)
-    assert 'user0.safetensors cannot be read' in refused(capsys, export, run.out, x, '--user=0')
+    assert 'user0.safetensors is damaged' in refused(capsys, export, run.out, x, '--user=0')
     for broken in ('{', '{}', '[]', '{"pooled": false}'):
         (run.out / 'config.json').write_text(broken)
         assert 'config.json or summary.json is not that of a run' in refused(capsys, export, run.out, x, '--user=0')

@@ -693,7 +693,9 @@ def test_R17_disk_full_and_read_only(whole, tmp_path, figure):
     assert forks([[*long, f'--out_dir={tmp_path}/long']], [{}])[0][0] == 0
     size = {name: sum(map(len, found[1].values())) for name, found in expected.items() if name != 'metrics'}
     users = sorted(n for name, n in size.items() if name.startswith('user'))
-    jobs = [(args, expected, users[-1] - 1000, 'user'), (long, state(tmp_path / 'long'), users[-1] + 9000, 'metrics.jsonl')]
+    biggest = max(file.stat().st_size for file in (tmp_path / 'long' / 'checkpoint').iterdir())
+    assert (tmp_path / 'long' / 'metrics.jsonl').stat().st_size > biggest + 10_000
+    jobs = [(args, expected, users[-1] - 1000, 'user'), (long, state(tmp_path / 'long'), biggest + 1000, 'metrics.jsonl')]
     outs = [tmp_path / str(i) for i in range(len(jobs))]
     ends = forks(
         [[*job, f'--out_dir={out}'] for (job, *_), out in zip(jobs, outs)], [{'limit': limit} for _, _, limit, _ in jobs]
@@ -709,18 +711,17 @@ def test_R17_disk_full_and_read_only(whole, tmp_path, figure):
     locked = tmp_path / 'locked'
     locked.mkdir()
     locked.chmod(0o555)
-    anybody = {'uid': 65534} if os.getuid() == 0 else {}
-    (status, _, err, _) = forks([[*args, f'--out_dir={locked}/run']], [anybody])[0]
-    print(status, err)
-    read_only = status == 2 and err.count('\n') == 1 and ('cannot write' in err or 'Permission' in err)
+    locked = locked if os.getuid() else Path('/sys')  # where even root can make no folder
+    (status, _, err, _) = forks([[*args, f'--out_dir={locked}/run']], [{}])[0]
+    read_only = status == 2 and err.count('\n') == 1 and 'cannot write to --out_dir' in err
     reached = f'{told}/2 full disks end in one line, {loads}/2 still load, {good}/2 go on to the same bits; '
     reached += f'read-only refused: {read_only}'
     figure('R17', reached, told == loads == good == 2 and read_only)
 
 
 def test_R18_soak(tiny, tmp_path, figure):
-    """Memory, open files and threads of many rounds, after the first third."""
-    rounds = 300 if LONG else 60
+    """Memory, open files and threads of many rounds: the last quarter against the one before it."""
+    rounds = 300 if LONG else 100
     job = [
         *given(tiny, tmp_path / 'soak', '--method=comigs_1gxs', '--n_experts=3,1,2'),
         f'--rounds={rounds}',
@@ -730,7 +731,7 @@ def test_R18_soak(tiny, tmp_path, figure):
     assert status == 0, err
     usual = statistics.mode(files for _, files, _ in samples)  # with metrics.jsonl open: neither before the rounds nor after
     samples = [own for own in samples if own[1] >= usual]
-    memory, files, threads = zip(*samples[len(samples) // 3 :])
+    memory, files, threads = zip(*samples[len(samples) // 2 :])
     growth = max(memory[len(memory) // 2 :]) / max(memory[: len(memory) // 2]) - 1
     reached = f'{rounds} rounds: resident memory {growth:+.2%}, open files {sorted(set(files))}, threads {sorted(set(threads))}'
     figure('R18', reached, growth < 0.01 and len(set(threads)) == 1 and max(files) - min(files) <= 2)
