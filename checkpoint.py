@@ -62,7 +62,8 @@ def seal(raw: bytes) -> int:
 
 
 def read(file: Path, prefix: str = '') -> tuple[dict[str, torch.Tensor], dict]:
-    """(the tensors whose names begin with the prefix, without it, in order of names; facts). Raises ValueError naming the file."""
+    """(the tensors whose names begin with the prefix, without it, in order of names; facts). Raises ValueError naming the
+    file."""
     try:
         raw = Path(file).read_bytes()
         at = seal(raw)

@@ -8,7 +8,7 @@ ACCIDENTS: for every run what happens to it, or null:
     {"limit": 30000}                         it can write no file longer than so many bytes, as if the disk were full
     {"audit": FILE}                          what it broadcasts to other processes is appended to the file, byte for byte
     {"mark": 1.5}                            specialists and routers start as this number everywhere
-    {"samples": true}                        memory (bytes), open files and threads, ten times a second
+    {"samples": FILE}                        memory (bytes), open files and threads ten times a second, until the file is there
 With ACCIDENTS the end of every run is printed as JSON: exit status (negative: the signal), seconds from the signal to the end,
 stderr, samples."""
 
@@ -73,13 +73,9 @@ def prepare(accident: dict) -> None:
             setattr(owner, name, counted(point, getattr(owner, name)))
 
 
-def sample(pid: int) -> list[int] | bool:
+def sample(pid: int) -> list[int]:
     status = dict(line.split(':', 1) for line in Path(f'/proc/{pid}/status').read_text().splitlines())
-    return 'VmRSS' in status and [
-        int(status['VmRSS'].split()[0]) * 1024,
-        len(os.listdir(f'/proc/{pid}/fd')),
-        int(status['Threads']),
-    ]
+    return [int(status['VmRSS'].split()[0]) * 1024, len(os.listdir(f'/proc/{pid}/fd')), int(status['Threads'])]
 
 
 def main() -> None:
@@ -111,8 +107,8 @@ def main() -> None:
             for pid in children:
                 os.kill(pid, accident['signal'])
             told = time.time()
-        while 'samples' in accident and not os.waitid(os.P_PID, children[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            samples += filter(None, [sample(children[0])])  # it may just have ended
+        while 'samples' in accident and not Path(accident['samples']).exists():
+            samples.append(sample(children[0]))
             time.sleep(0.1)
         ends = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
         if accidents:

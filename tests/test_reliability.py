@@ -378,15 +378,15 @@ def test_R7_every_other_kind_of_bad_update(runs_of_rules, figure):
 # ---- R8: users that send rubbish which is finite ----------------------------------------------------------------------
 def test_R8_hostile_users(train, tmp_path, capsys, figure):
     """One of 4 (and 3 of 10) scaled or noisy: with a robust rule the honest users stay within 5 % of the run without attack."""
-    worst, tried, warned = 0.0, 0, 0
+    worst, tried, warned = (0.0, ''), 0, 0
     sizes = {4: 1, 10: 3} if LONG else {4: 1}
     attacks = ('scale:1e3', 'scale:1e6', 'noise:1e3') if LONG else ('scale:1e6',)
     learn = (
         '--method=fedavg',
-        '--rounds=4',
+        '--rounds=8',
         '--local_steps=5',
-        '--expert_lr=1e-2',
-        '--eval_every=4',
+        '--expert_lr=3e-3',
+        '--eval_every=8',
         '--block_size=32',
         '--overwrite',
     )
@@ -399,9 +399,9 @@ def test_R8_hostile_users(train, tmp_path, capsys, figure):
             assert clean['mean_test_ppl'] < 0.1 * np.mean(clean['pretrained_test_ppl'])  # it does learn
             for attack in attacks:
                 ppl = of(f'--attack={attack}', f'--attackers={hostile}').summary['test_ppl']
-                rise = [a / b - 1 for a, b in zip(ppl[: n - hostile], clean['test_ppl'])]
-                print(n, defence, attack, rise)  # shown if the test fails
-                worst = max(worst, *rise)
+                honest = slice(n - hostile)  # their mean: a single user also misses what the hostile one would have taught it
+                rise = np.mean(ppl[honest]) / np.mean(clean['test_ppl'][honest]) - 1
+                worst = max(worst, (rise, f'{n} users, {defence[0]}, {attack}'))
                 tried += 1
         capsys.readouterr()
         try:
@@ -409,9 +409,9 @@ def test_R8_hostile_users(train, tmp_path, capsys, figure):
         except SystemExit:
             pass  # what the mean makes of it is no model any more
         warned += f'what user {n - 1} sent is over ten times as large' in capsys.readouterr().err
-    reached = f'honest users at most {worst:+.1%} in {tried} attacks on median, trimmed mean, norm clipping; '
+    reached = f'honest users at most {worst[0]:+.1%} ({worst[1]}) in {tried} attacks on median, trimmed mean, norm clipping; '
     reached += f'fedavg warns {warned}/{len(sizes)}'
-    figure('R8', reached, worst < 0.05 and warned == len(sizes))
+    figure('R8', reached, worst[0] < 0.05 and warned == len(sizes))
 
 
 # ---- R9 to R11, R13: who takes part, in what order --------------------------------------------------------------------
@@ -727,7 +727,7 @@ def test_R18_soak(tiny, tmp_path, figure):
         f'--rounds={rounds}',
         '--eval_every=10',
     ]
-    (status, _, err, samples) = forks([job], [{'samples': True}])[0]
+    (status, _, err, samples) = forks([job], [{'samples': str(tmp_path / f'soak/checkpoint/round-{rounds}.safetensors')}])[0]
     assert status == 0, err
     usual = statistics.mode(files for _, files, _ in samples)  # with metrics.jsonl open: neither before the rounds nor after
     samples = [own for own in samples if own[1] >= usual]
