@@ -1,14 +1,16 @@
-"""The paper's tables: runs what is missing, then writes results/TABLE-DATASET.md and .json with the paper's numbers beside.
+"""The paper's tables and figures: runs what is missing, then writes results/TABLE-DATASET.md and .json with the paper's numbers
+beside, for a figure also .png and .svg.
 
     python reproduce.py table1 --dataset=demo                           # seeds 42, 45, 47
     python reproduce.py table1,table4 --dataset=agnews --seeds=42       # tables share the runs they have in common
     python reproduce.py table2 --dataset=demo --rounds=2 --dry_run      # only lists the runs and which are finished
     python reproduce.py all --dataset=agnews-bytes --init_from=assets/base-tiny.safetensors --rounds=5 --batch_size=4
+    python reproduce.py fig3,fig4 --dataset=demo --rounds=20            # one seed; --seeds=42,45,47 draws mean and deviation
 
-Tables: table1, table2, table4, table5, fig9, related; several with commas, or all. --dataset=agnews-bytes is config/agnews.py
-on data/agnews-bytes. Any other --name=value goes to train.py in every run. A run is the folder
-out/reproduce/DATASET/ROW-seedS-HASH, found by the hash of all that shapes its numbers: a finished one is never repeated, an
-interrupted one continues."""
+Tables: table1, table2, table4, table5, related; figures: fig2, fig3, fig4, fig6 to fig12; several with commas, or all.
+--dataset=agnews-bytes is config/agnews.py on data/agnews-bytes. Any other --name=value goes to train.py in every run; if curves
+over training are asked for, that is --eval_every=2 unless given. A run is the folder out/reproduce/DATASET/ROW-seedS-HASH,
+found by the hash of all that shapes its numbers: a finished one is never repeated, an interrupted one continues."""
 
 import argparse
 import fcntl
@@ -28,6 +30,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import plot
 from configurator import die, parse, read_file
 
 TRAIN = Path(__file__).with_name('train.py')
@@ -36,9 +39,10 @@ TITLES = {
     'table2': 'Table 2',
     'table4': 'Table 4',
     'table5': 'Table 5',
-    'fig9': 'Figure 9',
     'related': 'Related systems and ablations',
+    **{f'fig{i}': f'Figure {i}' for i in (2, 3, 4, 6, 7, 8, 9, 10, 11, 12)},
 }
+CURVES = ('fig3', 'fig4', 'fig6', 'fig7', 'fig8', 'fig10', 'fig11', 'fig12')  # drawn over training: evaluated every 2 rounds
 PRUNE_COEFS = (5e-2, 5e-3, 5e-4)  # HetLoRA's sweep (the paper's appendix C.2); validation perplexity chooses
 
 # fmt: off
@@ -78,6 +82,13 @@ N_EXPERTS = {  # Table 2: numbers of experts, with the paper's CoMiGS-1GXS and H
     'slimpajama': (('2,4,4,2', '22.10', '23.15'), ('4,2,2,4', '22.28', '23.17')),
     'other': (('2,4,4,2', '-', '-'), ('4,2,2,4', '-', '-'))}
 HETERO = {'agnews': 1}
+ROWS['fig3'] = [row for row in ROWS['table1'] if row[1].split()[0] != 'pretrained' and ' ' not in row[1]]
+ROWS['fig4'] = COMIGS[2:]
+for figures, settings in (('fig6 fig10', '2,2,2,2 2,2,4,4 2,2,8,8'),           # more experts for users 2, 3, with more text
+                          ('fig7 fig11', '2,2,2,2 4,4,2,2 8,8,2,2'),           # for users 0, 1, with less
+                          ('fig8 fig12', '1,1,1,1 1,1,2,2 1,1,4,4 1,1,8,8')):  # users 0, 1 have the generalist alone
+    for figure in figures.split():
+        ROWS[figure] = [(f'CoMiGS-1GXS {n}', f'comigs_1gxs n_experts={n}', '-') for n in settings.split()]
 # fmt: on
 
 
@@ -396,9 +407,12 @@ def departures(table: str, config: dict, setup: dict) -> str:
 
 
 def write(table: str, rows: list[dict], setup: dict, command: str) -> str:
-    """results/TABLE-DATASET.md and .json; returns the text for the terminal."""
+    """results/TABLE-DATASET.md and .json, of a figure .png and .svg too; returns the text for the terminal."""
     from eval import table as text_table
 
+    file = Path('results', f'{table}-{setup["dataset"]}.md')
+    if table == 'fig2':  # drawn from meta.json alone
+        return 'wrote ' + ' and '.join(map(str, plot.draw(table, [setup['dataset']], file)))
     records = [record(row, setup) for row in rows]
     folders = [Path(s['folder']) for r in records for s in r['seeds']]
     configs = [read_json(folder / 'config.json') for folder in folders]
@@ -436,13 +450,14 @@ def write(table: str, rows: list[dict], setup: dict, command: str) -> str:
     if table == 'table2' and setup['name'] in SETS:
         notes.append("† Not a target: a bug in the released code's FlexLoRA keeps the update of the last user only.")
     header, lines = cells(table, records)
-    file = Path('results', f'{table}-{setup["dataset"]}.md')
     file.parent.mkdir(exist_ok=True)
+    if table in plot.PICTURES:
+        notes.append(f'![{title}]({plot.draw(table, folders, file)[0].name})')
     grid = [f'| {" | ".join(line)} |' for line in (header, ['---'] + ['---:'] * (len(header) - 1), *lines)]
     file.write_text('\n\n'.join([f'# {title}', *notes, '\n'.join(grid)]) + '\n', encoding='utf-8')
     facts = {'title': title, 'table': table, 'dataset': setup['dataset'], 'command': command, 'notes': notes, 'rows': records}
     file.with_suffix('.json').write_text(json.dumps(facts, indent=1), encoding='utf-8')
-    return f'\n{title}\n\n{text_table(header, lines)}\n\nwrote {file} and .json'
+    return f'\n{title}\n\n{text_table(header, lines)}\n\nwrote {file} and .json' + ', .png, .svg' * (table in plot.PICTURES)
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -498,7 +513,7 @@ def main(argv: list[str]) -> None:
     parser.error = die
     parser.add_argument('tables', help=f'{", ".join(TITLES)}, several with commas, or all')
     parser.add_argument('--dataset', default='demo', help='NAME or NAME-VARIANT: config/NAME.py on data/NAME-VARIANT')
-    parser.add_argument('--seeds', help='default: 42,45,47, of which fig9 takes the first')
+    parser.add_argument('--seeds', help='default: 42,45,47, of which figures take the first')
     parser.add_argument('--jobs', default='0', help='runs side by side; 0: one per GPU, else one per core, at most 8')
     parser.add_argument('--dry_run', action='store_true', help='only list the runs')
     args, rest = parser.parse_known_args(argv)
@@ -512,9 +527,13 @@ def main(argv: list[str]) -> None:
     if not re.fullmatch(r'[0-9]+', args.jobs):
         die(f'--jobs={args.jobs}: expected a whole number; 0 is automatic')
     seeds, name = [*map(int, seeds)], args.dataset.partition('-')[0]
-    rows = {table: rows_of(table, name, seeds[:1] if table == 'fig9' and not args.seeds else seeds) for table in tables}
+    first = seeds if args.seeds else seeds[:1]
+    rows = {table: rows_of(table, name, first if table.startswith('fig') else seeds) for table in tables}
     every = sum(rows.values(), [])
-    setup = setup_of(args.dataset, seeds, passed_through(rest, every))
+    extra = passed_through(rest, every)
+    if {*tables} & {*CURVES}:
+        extra.setdefault('eval_every', '2')
+    setup = setup_of(args.dataset, seeds, extra)
     if args.dry_run:
         runs, unknown = planned(every, setup)
         for run in runs:

@@ -915,7 +915,7 @@ elif process == 0:
             out / 'summary.json',
             *kept_in.glob('round-*'),
             out / 'metrics.jsonl',
-            out / 'trust.png',
+            *(out / f'{picture}.{kind}' for picture in ('plot', 'trust') for kind in ('png', 'svg')),
             *kept_in.iterdir(),
             *out.glob('adapters/*.safetensors'),
             *out.glob('tensorboard/events.*'),
@@ -1096,10 +1096,6 @@ if process > 0:
 metrics.close()
 if board:
     board.close()
-if rounds and (aggregate == 'trust' or aggregate == 'consensus' and rounds >= consensus_start):
-    import plot
-
-    plot.trust(out)
 when = 'pretrained' if rounds == 0 else 'fused' if fuse else 'local'
 ppl = of_all(when)
 ids = list(range(len(names))) if pooled else tested
@@ -1138,6 +1134,10 @@ write_atomically(out / 'summary.json', lambda file: file.write_text(json.dumps(s
 if wandb_run:
     wandb_run.summary.update({name: value for name, value in summary.items() if type(value) in (int, float, str)})
     wandb_run.finish()
+if rounds:
+    import plot
+
+    plot.run(out)
 columns = {'pretrained': of_all('pretrained'), method: ppl} | ({'after aggregation': of_all('aggregated')} if after else {})
 columns = {name: column for name, column in columns.items() if mean(column) is not None}  # of a few tested, perhaps nobody
 rows = [[name, *row] for name, row in zip(summary['users'], zip(*columns.values()))]

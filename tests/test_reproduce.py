@@ -36,7 +36,7 @@ def place(tiny, tmp_path, monkeypatch):
 
 
 def pretend(folder: Path, ppl: list[float], valid: float = 9.0, **config) -> None:
-    """A finished run as train.py leaves it, with these test perplexities of its users."""
+    """A finished run as train.py leaves it, with these test perplexities of its users at its only evaluation."""
     folder.mkdir(parents=True)
     (folder / 'summary.json').write_text(
         json.dumps(
@@ -65,10 +65,15 @@ def pretend(folder: Path, ppl: list[float], valid: float = 9.0, **config) -> Non
                 'dtype': 'float32',
                 'git_commit': 'abc123',
                 'versions': {'torch': '2.6'},
+                **{'dataset': 'agnews', 'target': 'own', 'users': ['a', 'b'], 'n_experts': 2, 'n_generalists': 1, 'seed': 1},
+                **{'router_every': 30, 'router_steps': 10, 'method': 'local'},
                 **config,
             }
         )
     )
+    at = {'kind': 'eval', 'round': 5, 'step': 50, 'when': 'local', 'split': 'test', 'scores': [[0.7, 0.3], [0.4, 0.6]]}
+    lines = [json.dumps({**at, 'user': i, 'ppl': p}) + '\n' for i, p in enumerate(ppl)]
+    (folder / 'metrics.jsonl').write_text(''.join(lines))
     (folder / 'machine.txt').write_text('a machine')
 
 
@@ -101,8 +106,11 @@ def agnews(tmp_path, monkeypatch):
 def pretend_table(table: str, setup: dict, **config) -> None:
     """Finished runs for all rows: row r, seed s has the perplexities 30 + r + s and 32 + r + s."""
     for r, row in enumerate(reproduce.rows_of(table, setup['name'], setup['seeds'])):
+        switches = {k: json.loads(f'[{v}]') if ',' in v else int(v) if v.isdigit() else v for k, v in row['switches'].items()}
         for run in reproduce.plan(row, setup)['all']:
-            pretend(run['folder'], [30.0 + r + run['seed'], 32.0 + r + run['seed']], **config)
+            if not run['folder'].exists():  # of another figure
+                ppl = [30.0 + r + run['seed'], 32.0 + r + run['seed']]
+                pretend(run['folder'], ppl, **{**switches, 'seed': run['seed'], **config})
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -165,6 +173,40 @@ def test_figure_9_is_a_grid_of_one_seed(agnews):
     header, rows = table_of('results/fig9-agnews.md')
     assert header[1:] == ['1', '5', '10', '20'] and [*rows] == ['10', '30', '50', '100']
     assert rows['30']['10'] == '79.000'  # row 6: 30 + 6 + 42 and 2 more
+    assert '79.000' in Path('results/fig9-agnews.svg').read_text()  # and a picture
+    assert Path('results/fig9-agnews.png').read_bytes()[:4] == b'\x89PNG'
+
+
+@pytest.mark.parametrize('figure', reproduce.CURVES)
+def test_figures_are_drawn_and_their_last_values_tabulated(figure, agnews):
+    """One seed, evaluated every 2 rounds, unless the command says otherwise."""
+    agnews()
+    for args, seeds, every in (([], [42], '2'), (['--seeds=1,2', '--eval_every=5'], [1, 2], '5')):
+        setup = reproduce.setup_of('agnews', seeds, {'eval_every': every})
+        pretend_table(figure, setup)
+        reproduce.main([figure, '--dataset=agnews', *args])
+        header, rows = table_of(f'results/{figure}-agnews.md')
+        labels = [row['label'] for row in reproduce.rows_of(figure, 'agnews', seeds)]
+        assert [*rows] == labels and rows[labels[0]]['test ppl'].startswith('73.000' if seeds == [42] else '32.500 ± 0.707')
+        assert f']({figure}-agnews.png)' in Path(f'results/{figure}-agnews.md').read_text()
+        assert Path(f'results/{figure}-agnews.svg').exists()
+        assert json.loads(Path(f'results/{figure}-agnews.json').read_text())['table'] == figure
+
+
+def test_figure_2_needs_no_run(agnews, capsys):
+    agnews()
+    reproduce.main(['fig2', '--dataset=agnews'])
+    assert 'wrote results/fig2-agnews.png' in capsys.readouterr().out
+    assert sorted(file.name for file in Path('results').iterdir()) == ['fig2-agnews.png', 'fig2-agnews.svg']
+
+
+def test_only_curves_are_evaluated_every_2_rounds(agnews, capsys):
+    agnews()
+    every = {}
+    for tables in ('table1', 'fig3', 'fig3,table1', 'fig9', 'fig4,fig9'):
+        reproduce.main([tables, '--dataset=agnews', '--dry_run'])
+        every[tables] = re.findall('comigs_1g1s-seed42-.*', capsys.readouterr().out)
+    assert every['fig3'] == every['fig3,table1'] == every['fig4,fig9'] != every['table1'] == every['fig9']
 
 
 @pytest.mark.parametrize('best', reproduce.PRUNE_COEFS)
@@ -196,11 +238,18 @@ def folders(table: str, setup: dict) -> dict:
 
 def test_equal_rows_of_different_tables_share_their_runs(agnews):
     setup = agnews()
-    t1, t2, t4, t5, grid, related = (folders(table, setup) for table in reproduce.TITLES)
+    tables = ('table1', 'table2', 'table4', 'table5', 'fig9', 'related')
+    t1, t2, t4, t5, grid, related = (folders(table, setup) for table in tables)
     assert t1['Local'] == t4['(i) Local'] and t1['FedAvg'] == t4['(i) FedAvg'] and t1['CoMiGS-2S'] == t4['CoMiGS-2S']
     assert t1['CoMiGS-1G1S'] == t4['CoMiGS-1G1S'] == t5['CoMiGS-1G1S, load balancing generalist'] == related['CoMiGS-1G1S']
     assert t1['CoMiGS-1G1S'] == grid['router_every 30, router_steps 10']
     assert t2['CoMiGS-1GXS 2,4,4,4'] == t5['CoMiGS-1GXS 2,4,4,4, load balancing generalist']
+    assert folders('fig6', setup) == folders('fig10', setup) and folders('fig4', setup)['CoMiGS-1G1S'] == t1['CoMiGS-1G1S']
+    assert folders('fig6', setup)['CoMiGS-1GXS 2,2,2,2'] == folders('fig7', setup)['CoMiGS-1GXS 2,2,2,2']
+    fig3 = folders('fig3', setup)
+    assert fig3 == {label: t1[label] for label in fig3} and {*t1} - {*fig3} == {
+        'Pretrained', 'FFA-LoRA, rank 32', "CoMiGS-1G1S, released code's gradient leak"
+    }  # fmt: skip
     for table in (t1, t2, t4, t5, grid, related):  # and within a table every row has its own
         assert len({tuple(f) for f in table.values()}) == len(table)
 
