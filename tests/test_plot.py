@@ -175,6 +175,13 @@ def test_a_finished_run_does_not_fail_for_its_picture(place, capsys):
     assert 'no evaluations' in capsys.readouterr().err
 
 
+def test_training_ends_with_the_picture_and_overwriting_removes_it(train):
+    out = train('--rounds=1').out
+    assert (out / 'plot.png').exists() and (out / 'plot.svg').exists() and (out / 'summary.json').exists()
+    train('--rounds=0', '--overwrite')  # nothing to draw
+    assert not [*out.glob('plot.*')] and (out / 'summary.json').exists()
+
+
 def test_nothing_is_clipped_and_nothing_is_small(place):
     """Every text lies within the picture and has at least 8 points on 3.4 inches."""
     scores = [[0.7, 0.3], [0.4, 0.6]]
