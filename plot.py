@@ -60,15 +60,15 @@ def read(folder: str | Path) -> SimpleNamespace:
                 run.evals.append({**line, 'x': line['round' if run.many else 'step']})
     except (ValueError, KeyError) as error:
         die(f'{folder}/metrics.jsonl cannot be read ({error!r})')
-    if not run.evals:
-        die(f'{folder} has no evaluations yet: none was made after local steps')
     return run
 
 
 def read_all(folders: list) -> list[SimpleNamespace]:
     """Several runs whose perplexities may stand side by side: the same test text in the same windows, the same base."""
     runs = [read(folder) for folder in folders] or die('which runs? Give their folders')
-    for run in runs[1:]:
+    for run in runs:
+        if not run.evals:
+            die(f'{run.folder} has no evaluations: no tested user has been evaluated after local steps')
         for key in ('dataset', 'target', 'users', 'block_size', 'base_sha256'):
             one, other = runs[0].config.get(key), run.config.get(key)
             if one != other:
@@ -305,7 +305,7 @@ def matrices(what: str, folders: list):
     known = sorted(rounds)
     shown = sorted({known[round(i * (len(known) - 1) / 5)] for i in range(6)})
     columns = min(2, len(shown))
-    fig, axes = new_figure(1.1 + 1.5 * -(-len(shown) // columns), -(-len(shown) // columns), columns)
+    fig, axes = new_figure(1.2 + 1.15 * -(-len(shown) // columns), -(-len(shown) // columns), columns)
     for ax in axes[len(shown) :]:
         ax.set_visible(False)
     for k, (ax, t) in enumerate(zip(axes, shown)):
@@ -325,7 +325,7 @@ def matrices(what: str, folders: list):
     fig.suptitle(heading(f'{method_and_experts(run.config)[0]}: {what}', [run]))
     fig.supylabel('user who trusts', fontsize=8)
     fig.supxlabel('user who is trusted', fontsize=8)
-    fig.colorbar(image, ax=list(axes), label='weight', shrink=0.8)
+    fig.colorbar(image, ax=list(axes), label='weight', shrink=0.6, aspect=25)
     return fig
 
 
@@ -375,9 +375,9 @@ def draw(kind: str, given: list, out: Path) -> list[Path]:
 
 
 def pictures_of(folder: Path) -> list[Path]:
-    """Draws what every run has: plot, and trust where users judged each other."""
-    with open(folder / 'metrics.jsonl', encoding='utf-8') as metrics:
-        kinds = ['plot'] + ['trust'] * any('"kind": "trust"' in line for line in metrics)
+    """Draws what there is: plot, of a run with evaluations, and trust, where users judged each other."""
+    metrics = (folder / 'metrics.jsonl').read_text(encoding='utf-8')
+    kinds = ['plot'] * ('"when": "local"' in metrics) + ['trust'] * ('"kind": "trust"' in metrics)
     return [file for kind in kinds for file in draw(kind, [folder], folder / f'{kind}.png')]
 
 
@@ -407,7 +407,7 @@ def main(argv: list[str]) -> None:
         files = draw('plot', given, Path(out[-1]))
     else:
         for folder in given:
-            read(folder)  # all are runs before the first is drawn
+            read_all([folder])  # before the first is drawn
         files = [file for folder in given for file in pictures_of(Path(folder))]
     print(*files, sep='\n')
 

@@ -172,7 +172,7 @@ def test_a_finished_run_does_not_fail_for_its_picture(place, capsys):
     assert 'could not be drawn' in capsys.readouterr().out
     (run / 'metrics.jsonl').write_text('')
     plot.run(run)
-    assert 'no evaluations' in capsys.readouterr().err
+    assert capsys.readouterr() == ('', '')  # nobody was evaluated: nothing to draw, nothing to say
 
 
 def test_training_ends_with_the_picture_and_overwriting_removes_it(train):
@@ -234,7 +234,7 @@ def test_the_command_line(place):
         (['fig4', 'out/scores', 'out/scores-2g'], 'draws one experiment'),
         (['fig3', 'out/a', 'out/mixture'], 'out/a and out/mixture cannot be compared: target is own and mixture'),
         (['fig3', 'out/a', 'out/a'], 'out/a repeats another run: CoMiGS-1G1S 2 experts, seed 42'),
-        (['fig3', 'out/begun'], 'out/begun has no evaluations yet'),
+        (['fig3', 'out/begun'], 'out/begun has no evaluations: no tested user'),
         (['fig9', 'out/unfinished'], 'out/unfinished/summary.json cannot be read'),
         (['fig3', 'out/broken'], 'out/broken/metrics.jsonl cannot be read'),
         (['trust', 'out/a'], 'out/a has no trust matrices'),
