@@ -135,7 +135,7 @@ def test_bubbles_have_the_area_of_the_tokens(place):
     a, b = (points.get_sizes() for points in ax.collections)  # test, valid, train
     assert np.isclose(b[2] / a[2], 4) and np.isclose(a[2] / a[0], 12.5) and np.allclose(a[:2], b[:2])
     assert {'12.5k', '50k', '2k', '1k'} <= {text.get_text() for text in ax.texts}
-    assert ax.get_title() == 'Figure 2: tokens (bytes) of tiny'
+    assert ax.get_title() == 'Figure 2: tokens (bytes) of tiny, scaled down'
     assert [label.get_text() for label in ax.get_xticklabels()] == ['a', 'b']
 
 
