@@ -21,12 +21,12 @@ import numpy as np
 from configurator import die
 
 # Okabe and Ito's colours, told apart by the colour-blind (grey for their yellow, which is none on paper); markers say it again
-COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#888888')
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#888888', '#000000')
 MARKERS, LINES = 'osD^vP*X', ('-', '--', '-.', ':', (0, (5, 1, 1, 1, 1, 1)))
 STYLE = {'font.size': 8, 'axes.titlesize': 8, 'axes.labelsize': 8, 'figure.titlesize': 8, 'legend.fontsize': 8}
 STYLE |= {'xtick.labelsize': 8, 'ytick.labelsize': 8, 'lines.linewidth': 1.1, 'lines.markersize': 3.5, 'axes.grid': True}
 STYLE |= {'grid.color': '#dddddd', 'axes.axisbelow': True, 'axes.spines.top': False, 'axes.spines.right': False}
-STYLE |= {'legend.frameon': False, 'legend.columnspacing': 0.8, 'legend.handlelength': 2.2, 'legend.handletextpad': 0.5}
+STYLE |= {'legend.frameon': False, 'legend.columnspacing': 0.8, 'legend.handlelength': 1.9, 'legend.handletextpad': 0.5}
 STYLE |= {'savefig.dpi': 200, 'svg.hashsalt': 'nanoCoMiGS'}  # with that the same picture is the same bytes
 WIDTH, MANY = 3.4, 8  # inches; users from which on only their mean is drawn
 METHODS = {'centralized': 'Centralized', 'local': 'Local', 'fedavg': 'FedAvg', 'ffa_lora': 'FFA-LoRA', 'pcl': 'PCL'}
