@@ -123,8 +123,9 @@ def heading(what: str, runs: list[SimpleNamespace]) -> str:
     small = rounds * c['local_steps'] * c['batch_size'] * c['block_size'] < 200 * 64 * 128 or not base.startswith('gpt2')
     head = f'{what} on {Path(c["dataset"]).name} ({c["target"]} text)' + ', scaled down' * small
     unit = 'bytes' if runs[0].meta.get('tokenizer') == 'bytes' else 'tokens'
-    how = f'{rounds} x {c["local_steps"]} steps of {c["batch_size"]} x {c["block_size"]} {unit}, {base}'
-    return textwrap.fill(f'{head}: {how}, seed{"s" * (len(seeds) > 1)} {", ".join(map(str, seeds))}', 58)
+    how = f'{rounds}~x~{c["local_steps"]}~steps of {c["batch_size"]}~x~{c["block_size"]}~{unit}, {base}'
+    text = textwrap.fill(f'{head}: {how}, seed{"s" * (len(seeds) > 1)}~{", ".join(map(str, seeds))}', 58)
+    return text.replace('~', ' ')  # where no line ends
 
 
 def user_title(run: SimpleNamespace, user: int) -> str:
@@ -201,7 +202,7 @@ def curves(what: str, folders: list):
                 ax.axhline(base, color='#555555', linewidth=0.8, linestyle=(0, (1, 2)))
         own = [r.config['n_experts'][user] for r in runs if isinstance(r.config['n_experts'], list) and not first.many]
         if len({*own}) > 1:
-            second.append('n = ' + ', '.join(map(str, sorted({*own}))))
+            second.append('n = ' + ','.join(map(str, sorted({*own}))))
         ax.set_title('\n'.join([user_title(first, user), ', '.join(second)]).strip())
     fig.suptitle(heading(what, runs))
     fig.supylabel(perplexity_label(first), fontsize=8)

@@ -94,7 +94,7 @@ def test_numbers_of_experts_are_the_legend_where_the_method_is_the_same(place):
     fig = plot.curves('Figure 6', runs)
     assert [*lines_of(panels(fig)[0])] == ['2,2', '2,4', '2,8']
     assert fig.legends[0].get_title().get_text() == 'CoMiGS-1GXS, experts per user'
-    assert [ax.get_title() for ax in panels(fig)] == ['a (12.5 kB)\nbase 9.00', 'b (50 kB)\nbase 9.00, n = 2, 4, 8']
+    assert [ax.get_title() for ax in panels(fig)] == ['a (12.5 kB)\nbase 9.00', 'b (50 kB)\nbase 9.00, n = 2,4,8']
 
 
 def test_other_switches_are_named_where_they_tell_runs_apart(place):
@@ -189,6 +189,7 @@ def test_nothing_is_clipped_and_nothing_is_small(place):
     runs = [pretend(f'out/{m}', [[6, 5], [4, 3]], scores, [[0.9, 0.1], [0.2, 0.8]], method=m) for m in names]
     for kind, given in (
         ('fig3', runs),
+        ('fig6', [pretend(f'out/{n}', [[6, 5]], method='comigs_1gxs', n_experts=[n, n]) for n in (1, 2, 4, 8)]),
         ('fig4', runs[:1]),
         ('fig9', runs[:1]),
         ('fig2', ['tiny']),
