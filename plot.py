@@ -196,7 +196,7 @@ def curves(what: str, folders: list):
                 ax.fill_between(xs, mean - std, mean + std, color=COLOURS[i % len(COLOURS)], alpha=0.2, linewidth=0)
         base, second = base_of(first, user), []
         if base is not None:
-            second.append(f'base {base:.2f}')
+            second.append(f'base {base:.3g}')
             low, high = ax.get_ylim()
             if low < base < high:
                 ax.axhline(base, color='#555555', linewidth=0.8, linestyle=(0, (1, 2)))

@@ -65,7 +65,7 @@ def test_a_panel_for_each_user_and_a_line_for_each_method(place):
     one, two = pretend('out/a', [[8, 7], [6, 5]]), pretend('out/b', [[8, 9.5], [7, 4]], method='fedavg')
     fig = plot.curves('Figure 3', [one, two])
     first, second = panels(fig)
-    assert first.get_title() == 'a (12.5 kB)\nbase 9.00' and second.get_title() == 'b (50 kB)\nbase 9.00'
+    assert first.get_title() == 'a (12.5 kB)\nbase 9' and second.get_title() == 'b (50 kB)\nbase 9'
     assert [*lines_of(first)] == ['CoMiGS-1G1S (2 experts)', 'FedAvg (2 experts)']
     assert [*map(list, lines_of(second)['FedAvg (2 experts)'])] == [[10, 20], [9.5, 4]]
     assert first.get_xlabel() == 'expert steps' and fig.get_supylabel() == 'test perplexity (per byte)'
@@ -94,7 +94,7 @@ def test_numbers_of_experts_are_the_legend_where_the_method_is_the_same(place):
     fig = plot.curves('Figure 6', runs)
     assert [*lines_of(panels(fig)[0])] == ['2,2', '2,4', '2,8']
     assert fig.legends[0].get_title().get_text() == 'CoMiGS-1GXS, experts per user'
-    assert [ax.get_title() for ax in panels(fig)] == ['a (12.5 kB)\nbase 9.00', 'b (50 kB)\nbase 9.00, n = 2,4,8']
+    assert [ax.get_title() for ax in panels(fig)] == ['a (12.5 kB)\nbase 9', 'b (50 kB)\nbase 9, n = 2,4,8']
 
 
 def test_other_switches_are_named_where_they_tell_runs_apart(place):
