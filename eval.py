@@ -329,7 +329,8 @@ def main() -> None:
         if not set(targets) <= {'own', 'mixture'} or (len(args.runs) == 1 and len(targets) > 1):
             die(f'--target={args.target}: expected own or mixture; both, with a comma, only for a table of several runs')
         source = args.init_from or first['init_from']
-        base = load_gpt(source).to(args.device or first['device'])
+        device = args.device or first['device']
+        base = load_gpt(source).to(device)
         if fingerprint(base) != first['base_sha256']:
             die(f'{source} is not the base that {args.runs[0]} was trained on (SHA-256 differs)')
         fast_fp32(base.wte.weight.device.type)
@@ -345,7 +346,7 @@ def main() -> None:
             enc = encoding(json.loads(Path('data', first['dataset'], 'meta.json').read_text(encoding='utf-8'))['tokenizer'])
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         die(error)
-    autocast = torch.autocast(torch.device(first['device']).type, torch.bfloat16)
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16)
     with autocast if first['dtype'] == 'bfloat16' else contextlib.nullcontext():
         if args.routing_html:
             run, n_shown = args.runs[0], args.passage_tokens or (400 if enc.name == 'bytes' else 150)

@@ -145,7 +145,8 @@ def read_json(file: Path) -> dict:
 
 
 def run_of(switches: dict, seed: int, setup: dict) -> dict:
-    identity = json.dumps([switches, seed, setup['extra'], setup['identity']], sort_keys=True)
+    shaping = {k: v for k, v in setup['extra'].items() if k not in ('quiet', 'tensorboard', 'wandb')}
+    identity = json.dumps([switches, seed, shaping, setup['identity']], sort_keys=True)
     words = [switches['method'], *(f'{k}={v}' for k, v in switches.items() if k != 'method')]
     slug = '-'.join(words).replace('=', '').replace(',', '_')
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]

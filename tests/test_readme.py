@@ -13,7 +13,7 @@ from conftest import ROOT
 COMMANDS = sorted(
     set(
         re.findall(
-            r'^python ((?:train|eval|pretrain|reproduce|data/prepare)\.py [^#\n]*?)\s*(?:#.*)?$',
+            r'^python ((?:train|eval|pretrain|reproduce|sample|export|plot|data/prepare)\.py [^#\n]*?)\s*(?:#.*)?$',
             (ROOT / 'README.md').read_text(),
             re.M,
         )
@@ -38,6 +38,13 @@ def test_the_demo_by_hand_beats_its_base(tmp_path):
     assert all(ours < base for ours, base in zip(summary['test_ppl'], summary['pretrained_test_ppl']))
     done = python('eval.py', str(run))
     assert done.returncode == 0 and 'generalist alone' in done.stdout, done.stderr
+    after = [c for c in COMMANDS if 'out/demo' in c and c.startswith(('sample.py', 'export.py')) or '--routing_html' in c]
+    assert len(after) >= 5
+    for command in after:  # what is made of the run, with little text
+        args = [*shlex.split(command.replace('out/', f'{tmp_path}/out/').replace(f'{tmp_path}/out/demo', str(run)))]
+        done = python(*args, *{'sample.py': ['--tokens=10'], 'eval.py': ['--passage_tokens=50']}.get(args[0], []))
+        assert done.returncode == 0, (command, done.stderr)
+    assert (run / 'routing.html').exists() and {f.name for f in (tmp_path / 'out').iterdir()} == {'peft', 'gpt2'}
 
 
 @pytest.mark.parametrize('command', [c for c in COMMANDS if c.startswith('train.py')])
