@@ -7,8 +7,9 @@ OUT_ROOT/NAME/user{i}_{train,valid,test}.bin and meta.json, which data/stream.py
 agnews        one category per user; valid and test: a random partition of the test rows over users (tomorrow's news)
 multilingual  Wikipedia in one language per user: de, nl, fr, it
 slimpajama    one source per user: StackExchange, Github, ArXiv, Book
-local         one user per file (.txt, .jsonl, .jsonl.gz, .csv, .parquet with a column 'text') or sub-folder of --source. Each
-              .txt in a sub-folder of ten or more is one document; other .txt files are cut into paragraphs at blank lines
+local         one user per sub-folder of --source, at any depth of which is read: text in UTF-8, whatever the file's name, and
+              .jsonl, .jsonl.gz, .csv, .parquet with a column 'text'. Of ten or more text files each is one document, fewer are
+              cut into paragraphs at blank lines. Without sub-folders: one user per file (.txt or one of those four)
 demo          four users, or thousands with --alpha, out of text that is installed with Python and its packages: no download
 base          what pretrain.py trains on: English Wikipedia and the installed text that demo does not use"""
 
@@ -357,20 +358,6 @@ def report(meta: dict, asked: dict, paper: dict | None, supply: str) -> None:
         print(f'user {i} ({users[i]["name"]}) has fewer tokens than asked: {splits}; there is no more text')
 
 
-def unread(folder: Path) -> str:
-    """One line about the files of a user's sub-folder (local) that are not read; '' if all are. Hidden ones do not count."""
-    files = [path.relative_to(folder) for path in folder.rglob('*') if path.is_file()]
-    files = {path for path in files if not any(part.startswith('.') for part in path.parts)}
-    left = files - {path.relative_to(folder) for path in sources.find_files(folder)}
-    kinds = sorted({f'{path.parts[0]}/' if len(path.parts) > 1 else path.suffix or path.name for path in left})
-    return (
-        f'{folder.name}: {len(left)} of {len(files)} files are not read ({one_line(", ".join(kinds))}): only '
-        f'{", ".join(sources.FORMATS)} that lie directly in the folder are; copy text to .txt'
-        if left
-        else ''
-    )
-
-
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -382,7 +369,7 @@ def check(options: dict) -> Path:
     if source is not None and not Path(source).exists():
         raise ValueError(f'--source={source} does not exist')
     if options['set'] == 'local' and not Path(source).is_dir():
-        raise ValueError(f'--source={source} is not a folder: local takes one file or sub-folder per user')
+        raise ValueError(f'--source={source} is not a folder: local takes a folder with one sub-folder or file per user')
     if not re.fullmatch(r'\w[\w.-]*', name):
         raise ValueError(f'--name={name}: expected a plain folder name')
     for option, least in (('users', 1), ('max_chars', 1), ('seed', 0)):
@@ -402,9 +389,6 @@ def prepare(options: dict) -> dict:
     """Prepare one data set, print a report, return meta.json. Raises ValueError or OSError with a one-line message."""
     folder, chosen = check(options), SETS[options['set']]
     enc = encoding(options['tokenizer'])
-    for user in sorted(Path(options['source']).iterdir()) if options['set'] == 'local' else ():
-        if user.is_dir() and not user.name.startswith('.') and (line := unread(user)):
-            print(line)
     wishes = [sizes(options, options['users'] or 4)] if options['set'] == 'demo' else []  # installed text is cut to measure
     categories, streams, where = chosen['open'](options, *wishes)
     n_users = options['users'] or len(categories)

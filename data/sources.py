@@ -13,6 +13,7 @@ import csv
 import gzip
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,7 +23,8 @@ import numpy as np
 from data.installed import base_documents, demo_documents, many_documents
 
 MANY = 32  # users, beyond which a demo's files are several documents each and a report is a summary
-FORMATS = ('.jsonl', '.jsonl.gz', '.csv', '.parquet', '.txt')
+ROWS = ('.jsonl', '.jsonl.gz', '.csv', '.parquet')  # a document per row, in the column 'text'
+FORMATS = (*ROWS, '.txt')
 INSTALLED = 'text installed with Python and its packages'
 CATEGORIES = {  # of the paper's sets
     'agnews': ('World', 'Sports', 'Business', 'Sci/Tech'),
@@ -48,7 +50,8 @@ HUB = {
 
 
 def one_line(message: object) -> str:
-    return ' '.join(str(message).split())[:500]
+    """Short, without line breaks; '?' for what is not UTF-8 in a file's name."""
+    return ' '.join(str(message).split())[:500].encode('utf-8', 'replace').decode()
 
 
 def hub_rows(repository: str, config: str | None, split: str, seed: int, buffer: int) -> Iterator[dict]:
@@ -68,7 +71,7 @@ def hub_rows(repository: str, config: str | None, split: str, seed: int, buffer:
 
 
 def file_rows(file: Path, whole: bool = False) -> Iterator[dict]:
-    """Rows of one local file; .txt: a row per paragraph, or one for the whole file. Raises ValueError naming the file."""
+    """Rows of a local file; text, all but ROWS: one per paragraph, or the whole file. Raises ValueError naming the file."""
     try:
         if file.suffix == '.parquet':
             import pyarrow.parquet
@@ -76,9 +79,9 @@ def file_rows(file: Path, whole: bool = False) -> Iterator[dict]:
             for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
             return
-        newline = '' if file.suffix == '.csv' else '\n'
-        with (gzip.open if file.suffix == '.gz' else open)(file, 'rt', encoding='utf-8-sig', newline=newline) as lines:
-            if file.suffix == '.txt':
+        opener, newline = gzip.open if file.name.endswith('.jsonl.gz') else open, '' if file.suffix == '.csv' else '\n'
+        with opener(file, 'rt', encoding='utf-8-sig', newline=newline) as lines:
+            if not file.name.endswith(ROWS):
                 parts = ((False, lines),) if whole else itertools.groupby(lines, str.isspace)
                 yield from ({'text': ''.join(part).replace('\r\n', '\n')} for blank, part in parts if not blank)
             elif file.suffix == '.csv':
@@ -90,7 +93,7 @@ def file_rows(file: Path, whole: bool = False) -> Iterator[dict]:
                         raise ValueError('a line is not a JSON object')
                     yield row
     except Exception as error:  # of gzip, zlib, csv, json, pyarrow or the file system
-        raise ValueError(f'{file.name} cannot be read ({type(error).__name__}: {one_line(error)})') from None
+        raise ValueError(f'{file} cannot be read ({type(error).__name__}: {one_line(error)})') from None
 
 
 def shuffled(rows: Iterable[dict], buffer: int, rng: np.random.Generator) -> Iterator[dict]:
@@ -119,6 +122,33 @@ def find_files(source: Path, stem: str = '*') -> list[Path]:
         and not file.name.startswith('.')
         and stem in ('*', re.split(r'[.-]', file.name)[0])
     ]
+
+
+def is_text(file: Path) -> bool:
+    """UTF-8 without a zero byte, which UTF-16 and binary files have. An empty file is text, of no document."""
+    try:
+        with file.open(encoding='utf-8') as text:
+            return not any('\0' in part for part in iter(lambda: text.read(2**20), ''))
+    except UnicodeDecodeError:
+        return False
+
+
+def user_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(what is read, what is left out) of a user's folder and the folders in it, without hidden ones, each sorted by path.
+
+    Read are ROWS and text. Links to folders are not followed: they may lead back. Raises OSError naming what cannot be read."""
+
+    def fail(error):
+        raise error
+
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith('.')]
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        found += [Path(parent, name) for name in names + links if not name.startswith('.')]
+    found.sort(key=Path.as_posix)  # on every machine the same, unlike Path's own order
+    read = [file for file in found if file.is_file() and (file.name.endswith(ROWS) or is_text(file))]
+    return read, sorted(set(found) - set(read), key=Path.as_posix)
 
 
 def rows_of(options: dict, stem: str, buffer: int = 10_000) -> tuple[Iterator[dict], list[str]]:
@@ -217,26 +247,42 @@ def open_slimpajama(options: dict) -> tuple:
     return list(CATEGORIES['slimpajama']), [('rows', documents_of(rows, where[0], slimpajama_category), range(4))], where
 
 
+def user_documents(files: list[Path], category: int) -> Iterator[tuple[int, str]]:
+    """(category, text) of a user's files: of ten or more that are text each is a document, of fewer each paragraph."""
+    whole = sum(not file.name.endswith(ROWS) for file in files) >= 10
+    for file in files:
+        yield from documents_of(file_rows(file, whole), str(file), category)
+
+
 def open_local(options: dict) -> tuple:
-    """One category per file or sub-folder of --source."""
-    streams, where = [], []
-    for i, path in enumerate(
-        path
-        for path in sorted(Path(options['source']).iterdir())
-        if not path.name.startswith('.') and (path.is_dir() or path.name.endswith(FORMATS))
-    ):
-        files = find_files(path)
-        whole = path.is_dir() and sum(file.suffix == '.txt' for file in files) >= 10
-        rows = itertools.chain.from_iterable(map(file_rows, files, itertools.repeat(whole)))
-        name = path.name if path.is_dir() else re.sub(r'\.(jsonl(\.gz)?|csv|parquet|txt)$', '', path.name)
-        streams.append((name, documents_of(rows, path.name, i), (i,)))
-        where.append(path.name)
-    names = [name for name, _, _ in streams]
+    """One category per sub-folder of --source, or per file where there are only files. Prints what of a folder is not read."""
+    users = [path for path in Path(options['source']).iterdir() if not path.name.startswith('.')]
+    users.sort(key=lambda path: path.name)
+    folders = any(map(Path.is_dir, users))
+    for path in users:
+        if folders and not path.is_dir():
+            raise ValueError(f'{path} lies beside sub-folders, one per user: put it into one of them, or into one of its own')
+        if not folders and not path.name.endswith(FORMATS):
+            raise ValueError(
+                f'{path} is no {", ".join(FORMATS)}, one per user: put it into a sub-folder, where all text is read'
+            )
+    names = [path.name if folders else re.sub(r'\.(jsonl(\.gz)?|csv|parquet|txt)$', '', path.name) for path in users]
+    where = [path.name for path in users]
     if not names or len(names) > len(set(names)):
         raise ValueError(
-            f'--source={options["source"]} needs one {", ".join(FORMATS)} or sub-folder per user, each of its own '
+            f'--source={options["source"]} needs one sub-folder, or one {", ".join(FORMATS)}, per user, each of its own '
             f'name (found: {", ".join(where) or "none"})'
         )
+    streams = []
+    for i, (name, path) in enumerate(zip(names, users)):
+        read, left = user_files(path) if folders else ([path], [])
+        if left:
+            kinds = {f'{file.name}/' if file.is_dir() else file.suffix or file.name for file in left}
+            print(
+                f'{one_line(name)}: {len(left)} of {len(read) + len(left)} files are not read '
+                f'({one_line(", ".join(sorted(kinds)))}): not text in UTF-8, or links to folders'
+            )
+        streams.append((name, user_documents(read, i), (i,)))
     return names, streams, where
 
 

@@ -387,37 +387,102 @@ def test_memory_does_not_grow_with_the_source(tmp_path):
 
 
 def test_local(tmp_path):
-    """One user per file or sub-folder, sorted by name; 80/10/10 of each; paragraphs of a .txt are documents."""
+    """One user per file, sorted by name; 80/10/10 of each; paragraphs of a .txt are documents."""
     folder = tmp_path / 'in'
-    (folder / 'diary').mkdir(parents=True)
-    for i, text in enumerate(documents('diary', 40)):
-        (folder / 'diary' / f'{i}.txt').write_text(text + '\n\nsecond paragraph\n', encoding='utf-8')
+    folder.mkdir()
     (folder / 'notes.txt').write_text('\r\n \r\n'.join(documents('notes', 50)), encoding='utf-8', newline='')
     save(folder / 'chats.jsonl', [{'text': text, 'other': 1} for text in documents('chats', 50)])
     save(folder / 'v1.2.jsonl.gz', [{'text': text} for text in documents('v1.2', 50)])
-    (folder / 'README.md').write_text('not a user')
     assert run('local', '--source', folder, '--out_root', tmp_path, '--tokenizer=bytes', '--name=mine') == 0
     meta, found = read(tmp_path / 'mine')
-    assert [user['name'] for user in meta['users']] == ['chats', 'diary', 'notes', 'v1.2'] and meta['separator'] == '\n\n'
+    assert [user['name'] for user in meta['users']] == ['chats', 'notes', 'v1.2'] and meta['separator'] == '\n\n'
     assert_disjoint(found)
     for i, user in enumerate(meta['users']):
-        whole = {text + ('\n\nsecond paragraph' if i == 1 else '') for text in documents(user['name'], 40 if i == 1 else 50)}
-        assert set(found[i, 'train'] + found[i, 'valid'] + found[i, 'test']) == whole  # everything, uncut
+        assert set(found[i, 'train'] + found[i, 'valid'] + found[i, 'test']) == set(documents(user['name'], 50))  # uncut
         assert 0.08 < user['tokens']['valid'] / sum(user['tokens'].values()) < 0.14
         assert user['documents'] == {split: len(found[i, split]) for split in SPLITS}
 
 
-def test_local_says_what_it_does_not_read(tmp_path, capsys):
-    """Other formats and deeper folders are left out: that is said, once a user, and hidden files are nobody's text."""
+def folder_of(user, names, texts, more='\n\nsecond paragraph\n'):
+    """A user's folder, made in the order of `names`."""
+    for name, text in zip(names, texts, strict=True):
+        (user / name).parent.mkdir(parents=True, exist_ok=True)
+        (user / name).write_bytes((text + more).encode())
+
+
+NAMES = [f'{folder}{i}{suffix}' for i in range(4) for folder in ('', 'a/', 'a/b c/') for suffix in ('.md', '.py', '', '.TXT')]
+
+
+def test_local_reads_all_text_of_a_folder(tmp_path, capsys):
+    """Of whatever suffix and depth; a file is a document, BOM or not, a .jsonl row is one; hidden and empty ones are none."""
     for user in ('ann', 'ben'):
-        (tmp_path / 'in' / user / 'old').mkdir(parents=True)
-        (tmp_path / 'in' / user / 'a.txt').write_text('\n\n'.join(f'{user} {i} ' + 'word ' * 20 for i in range(40)))
-    for name in ('b.md', 'old/c.txt', '.hidden.md'):
-        (tmp_path / 'in' / 'ann' / name).write_text('never read')
+        folder_of(tmp_path / 'in' / user, NAMES, documents(user, len(NAMES)))
+        save(tmp_path / 'in' / user / 'a' / 'rows.jsonl', [{'text': text} for text in documents(f'{user} row', 20)])
+    folder_of(tmp_path / 'in/ann', ['bom.html', '.x', '.git/x', 'a/.git/y', 'empty.py'], ['\ufeff<bom>', *'zzz', ''], '')
+    assert run('local', '--source', tmp_path / 'in', '--out_root', tmp_path, '--tokenizer=bytes', '--name=mine') == 0
+    meta, found = read(tmp_path / 'mine')
+    for i, user in enumerate(('ann', 'ben')):
+        whole = {text + '\n\nsecond paragraph' for text in documents(user, len(NAMES))} | set(documents(f'{user} row', 20))
+        whole |= {'<bom>'} if user == 'ann' else set()
+        assert set(found[i, 'train'] + found[i, 'valid'] + found[i, 'test']) == whole
+        assert sum(meta['users'][i]['documents'].values()) == len(whole)
+    assert 'not read' not in capsys.readouterr().out
+
+
+def test_local_is_the_same_whatever_the_order_on_disk(tmp_path, monkeypatch):
+    """Files are taken by their path with slashes, compared character by character: a-b before a/ and Z before a."""
+    names, walk, iterdir = [*NAMES, 'a-b', 'Z', 'a.md', 'é'], os.walk, Path.iterdir
+    texts = documents('x', len(names))
+    folder_of(tmp_path / '1' / 'ann', names, texts)
+    folder_of(tmp_path / '2' / 'ann', names[::-1], texts[::-1])
+    assert run('local', '--source', tmp_path / '1', '--out_root', tmp_path, '--tokenizer=bytes', '--name=one') == 0
+
+    def other(*args, **options):
+        for parent, folders, files in walk(*args, **options):
+            folders.sort(reverse=True)
+            yield parent, folders, sorted(files, reverse=True)
+
+    monkeypatch.setattr(os, 'walk', other)
+    monkeypatch.setattr(Path, 'iterdir', lambda path: sorted(iterdir(path), reverse=True))
+    assert run('local', '--source', tmp_path / '2', '--out_root', tmp_path, '--tokenizer=bytes', '--name=two') == 0
+    assert hashes(tmp_path / 'one') == hashes(tmp_path / 'two')
+    read = [file.relative_to(tmp_path / '2' / 'ann').as_posix() for file in sources.user_files(tmp_path / '2' / 'ann')[0]]
+    assert sorted(read) == read and set(read) == set(names)
+    with pytest.raises(OSError, match='nowhere'):  # not passed over, as os.walk does
+        sources.user_files(tmp_path / 'nowhere')
+
+
+def test_local_cuts_few_files_into_paragraphs(tmp_path):
+    """Nine texts, of any kind: their paragraphs are documents; with a tenth, each file is."""
+    for n in (9, 10):
+        names = [f'{i}{".md" if i % 2 else ".txt"}' for i in range(n)]
+        folder_of(tmp_path / str(n) / 'ann', names, ['<1>\n\n<2>', *documents('x', n - 1)], '')
+        documents_of_ann = [text.strip() for _, text in sources.open_local({'source': tmp_path / str(n)})[1][0][1]]
+        assert documents_of_ann[: 11 - n] == (['<1>', '<2>'] if n == 9 else ['<1>\n\n<2>'])
+        assert len(documents_of_ann) == 10
+
+
+def test_local_says_what_it_does_not_read(tmp_path, capsys):
+    """What is no UTF-8 text is left out: one line a user. Links to folders are not followed, so a loop ends."""
+    for user in ('ann', 'ben'):
+        folder_of(tmp_path / 'in' / user, NAMES, documents(user, len(NAMES)), '')
+    ann = tmp_path / 'in' / 'ann'
+    (ann / 'a' / 'photo.jpg').write_bytes(b'\xff\xd8\xff\xe0 never read')
+    (ann / 'latin.txt').write_bytes('<never> read: wörds'.encode('latin1'))
+    (ann / 'zero.bin').write_bytes(b'<never> read\0')
+    (ann / 'late').write_bytes(b'<never> ' * 2**18 + b'\xff')  # not UTF-8, only after two million bytes of it
+    (ann / '.hidden.jpg').write_bytes(b'\xff')
+    (ann / 'a' / 'loop').symlink_to(ann)
+    (ann / 'self.md').symlink_to('self.md')
+    (ann / 'link.md').symlink_to(ann / NAMES[0])
+    os.mkfifo(ann / 'pipe')
     assert run('local', '--source', tmp_path / 'in', '--out_root', tmp_path, '--tokenizer=bytes', '--name=mine') == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith('ann: 2 of 3 files are not read (.md, old/): only .jsonl, ')
+    n = len(NAMES) + 1
+    assert lines[0].startswith(f'ann: 7 of {n + 7} files are not read (.bin, .jpg, .md, .txt, late, loop/, pipe): ')
     assert not any(line.startswith('ben:') for line in lines)
+    _, found = read(tmp_path / 'mine')
+    assert set(sum(found.values(), [])) == {*documents('ann', len(NAMES)), *documents('ben', len(NAMES))}
 
 
 def test_local_sizes_users_and_mixing(tmp_path):
@@ -625,6 +690,31 @@ BAD = {  # what is wrong: (arguments, words of the message, what to do to the so
         ['local', '--source=IN'],
         'a.csv, a.txt',
         lambda folder: [(folder / name).write_text('x') for name in ('a.txt', 'a.csv')],
+    ),
+    'local beside folders': (
+        ['local', '--source=IN'],
+        'in/notes.txt lies beside sub-folders',
+        lambda folder: [(folder / 'ann').mkdir(), (folder / 'notes.txt').write_text('x')],
+    ),
+    'local of another format': (
+        ['local', '--source=IN'],
+        'in/b.md is no .jsonl',
+        lambda folder: [(folder / name).write_text('x') for name in ('a.txt', 'b.md')],
+    ),
+    'local deep json': (
+        ['local', '--source=IN'],
+        'in/ann/old/a.jsonl cannot be read',
+        lambda folder: folder_of(folder / 'ann', ['old/a.jsonl'], ['{']),
+    ),
+    'local deep column': (
+        ['local', '--source=IN'],
+        "in/ann/old/a.csv: no column 'text' (there are: x)",
+        lambda folder: folder_of(folder / 'ann', ['old/a.csv'], ['x\n1\n']),
+    ),
+    'local without text': (
+        ['local', '--source=IN'],
+        'no documents of ann',
+        lambda folder: folder_of(folder / 'ann', ['empty.md'], [''], ''),
     ),
     'demo with source': (['demo', '--source=IN'], '--source', None),
 }
