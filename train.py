@@ -194,11 +194,11 @@ for name in (
     'trust_temperature',
     'judge_windows',
 ):
-    if config[name] <= 0:
-        die(f'--{name}={config[name]}: must be greater than 0')
+    if not 0 < config[name] < 1e9:
+        die(f'--{name}={config[name]}: must be greater than 0, and below a billion')
 for name in ('rounds', 'seed', 'n_generalists', 'ghost_noise', 'prune_coef', 'consensus_coef', 'consensus_start', 'test_users'):
-    if config[name] < 0:
-        die(f'--{name}={config[name]}: must not be negative')
+    if not 0 <= config[name] < (1e9 if name != 'seed' else math.inf):
+        die(f'--{name}={config[name]}: must not be negative, and below a billion')
 if not 0 < participation <= 1:
     die(f'--participation={participation}: must be in (0, 1]')
 if not 0 <= trim < 0.5 or not 0 < prune_gamma <= 1:
@@ -295,8 +295,10 @@ def texts_of(i: int) -> tuple[dict, list]:
 def per_user(name: str) -> tuple:
     """The entries of a per-user switch, one per user."""
     value = config[name] if isinstance(config[name], tuple) else (config[name],) * N
-    if len(value) != N or min(value) < 1:
-        die(f'--{name}={",".join(map(str, value))}: expected one value of 1 or more, or {N} of them, one per user of {dataset}')
+    if len(value) != N or not 1 <= min(value) <= max(value) <= 4096:
+        die(
+            f'--{name}={",".join(map(str, value))}: expected one value from 1 to 4096, or {N} of them, one per user of {dataset}'
+        )
     return value
 
 
