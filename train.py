@@ -296,9 +296,7 @@ def per_user(name: str) -> tuple:
     """The entries of a per-user switch, one per user."""
     value = config[name] if isinstance(config[name], tuple) else (config[name],) * N
     if len(value) != N or not 1 <= min(value) <= max(value) <= 4096:
-        die(
-            f'--{name}={",".join(map(str, value))}: expected one value from 1 to 4096, or {N} of them, one per user of {dataset}'
-        )
+        die(f'--{name}={",".join(map(str, value))}: expected one value from 1 to 4096, or {N}, one per user of {dataset}')
     return value
 
 

@@ -318,7 +318,7 @@ def refused(capsys, run, *args) -> str:
     [
         (['--method=comigs_1g1'], 'unknown method comigs_1g1; did you mean comigs_1g1s'),
         (['--n_expert=2'], 'unknown switch --n_expert; did you mean --n_experts'),
-        (['--n_experts=4,2'], 'expected one value from 1 to 4096, or 3 of them'),
+        (['--n_experts=4,2'], 'expected one value from 1 to 4096, or 3, one per user'),
         (['--n_experts=0'], 'expected one value from 1 to 4096'),
         (['--n_experts=1,2,2', '--n_generalists=2'], 'user 0 has n_experts=1, fewer than n_generalists=2'),
         (['--rounds=many'], 'expected int'),
