@@ -1,11 +1,11 @@
 """Pictures of runs, from their files alone; PNG and SVG side by side, 3.4 inches wide: one column of a paper.
 
     python plot.py out/a                   # out/a/plot.png, as train.py leaves it, and trust.png where users judged each other
-    python plot.py fig3 out/a out/b out/c  # test perplexity of every user over training, mean over runs that differ in the seed
+    python plot.py fig3 out/a out/b        # test perplexity of every user over training, mean over runs that differ in the seed
     python plot.py fig4 out/a              # scores of the experts in every layer over training
-    python plot.py fig9 out/a out/b out/c  # router_every x router_steps
+    python plot.py fig9 out/a out/c        # router_every x router_steps
     python plot.py fig2 demo               # how many tokens the users of data/demo have
-    python plot.py trust out/a --out=who.png
+    python plot.py trust out/b --out=out/who.png
 
 fig6, fig7, fig8, fig10, fig11 and fig12 are fig3 of other runs: `reproduce.py fig6` makes those and draws them. Without --out,
 figures go to out/fig3.png and so on. Read are config.json, metrics.jsonl and summary.json of a run and data/NAME/meta.json."""

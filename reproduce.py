@@ -5,7 +5,7 @@ beside, for a figure also .png and .svg.
     python reproduce.py table1,table4 --dataset=agnews --seeds=42       # tables share the runs they have in common
     python reproduce.py table2 --dataset=demo --rounds=2 --dry_run      # only lists the runs and which are finished
     python reproduce.py all --dataset=agnews-bytes --init_from=assets/base-tiny.safetensors --rounds=5 --batch_size=4
-    python reproduce.py fig3,fig4 --dataset=demo --rounds=20            # one seed; --seeds=42,45,47 draws mean and deviation
+    python reproduce.py fig3,fig4 --dataset=demo --rounds=20 --block_size=128   # seed 42; of several, mean and deviation
 
 Tables: table1, table2, table4, table5, related; figures: fig2, fig3, fig4, fig6 to fig12; several with commas, or all.
 --dataset=agnews-bytes is config/agnews.py on data/agnews-bytes. Any other --name=value goes to train.py in every run; if curves
