@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared'  # real text for offline checks; those tests skip where it is absent
 sys.path.insert(0, str(ROOT))
 
+import plot  # noqa: E402
 from model import GPT, GPTConfig, save_gpt  # noqa: E402
 
 LONG = os.environ.get('RELIABILITY') == 'long'  # the counts of `make reliability`, instead of a short form of every line
@@ -84,17 +85,20 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
 
 @pytest.fixture
 def train(tiny, tmp_path, monkeypatch):
-    """train(*args) runs train.py on the tiny base and data, here, and returns its final variables."""
+    """train(*args) runs train.py on the tiny base and data, here, and returns its final variables. Without draw the run's
+    pictures are left out, which take longer than its rounds."""
     source = compile((ROOT / 'train.py').read_text(), str(ROOT / 'train.py'), 'exec')
 
-    def run(*args: str, out: str = 'run', short: bool = True) -> SimpleNamespace:
+    def run(*args: str, out: str = 'run', short: bool = True, draw: bool = False) -> SimpleNamespace:
         given = [f'--init_from={tiny.base}', f'--dataset={tiny.data}', f'--out_dir={tmp_path / out}', '--device=cpu']
         monkeypatch.setattr(sys, 'argv', ['train.py', *given, *(TINY if short else ()), *args])
         scope = {'__name__': '__main__', '__file__': str(ROOT / 'train.py'), '__doc__': 'train.py'}
         handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+        pictures, plot.run = plot.run, plot.run if draw else lambda out: None
         try:
             exec(source, scope)
         finally:  # Ctrl-C is pytest's again
+            plot.run = pictures
             for number, handler in handlers:
                 signal.signal(number, handler)
         return SimpleNamespace(**scope, lines=read_metrics(tmp_path / out))

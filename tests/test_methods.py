@@ -220,7 +220,7 @@ def test_fedsa_averages_A_and_keeps_B(train):
 # ---- trust ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('trust', ['weights', 'validation', 'predictions'])
 def test_trust_matrices_are_logged_and_drawn(train, trust):
-    run = train('--method=pcl', f'--trust={trust}', *SHORT)
+    run = train('--method=pcl', f'--trust={trust}', *SHORT, draw=True)
     matrices = [np.array(line['matrix']) for line in run.lines if line['kind'] == 'trust']
     assert len(matrices) == 2
     for W in matrices:

@@ -176,7 +176,7 @@ def test_a_finished_run_does_not_fail_for_its_picture(place, capsys):
 
 
 def test_training_ends_with_the_picture_and_overwriting_removes_it(train):
-    out = train('--rounds=1').out
+    out = train('--rounds=1', draw=True).out
     assert (out / 'plot.png').exists() and (out / 'plot.svg').exists() and (out / 'summary.json').exists()
     train('--rounds=0', '--overwrite')  # nothing to draw
     assert not [*out.glob('plot.*')] and (out / 'summary.json').exists()

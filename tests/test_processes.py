@@ -195,7 +195,9 @@ def test_only_those_present_are_in_memory_and_the_others_have_a_file_or_nothing(
     run = train(f'--dataset={six}', '--participation=0.2', '--rounds=3', '--test_users=2')
     assert len(run.users) == 2 == len(run.tested) and len(alive) <= 2 + 3 + 2
     ever = {i for present in took_part(run.lines).values() for i in present}
-    assert {*run.last_round} == ever and len(ever) <= 3 and len([*run.kept_in.iterdir()]) == len(ever) + 1
+    files = {file.name for file in run.kept_in.iterdir()}  # two rounds, and of the last one's user also the file before
+    assert {f'user{i}-{r}.safetensors' for i, r in run.last_round.items()} <= files and len(files) <= len(ever) + 1 + 2
+    assert {*run.last_round} == ever and len(ever) <= 3
     assert run.summary['user_ids'] == run.tested and len(run.summary['aggregated_test_ppl']) == 2
 
 
