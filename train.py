@@ -443,6 +443,7 @@ def sample(n: int, *key: int) -> list[int]:
 
 
 users, last_round = [], {}  # in memory here; {user: the last round that it took part in}
+warned = set()  # users about whose updates a warning has been printed
 tested = sample(test_users or N, 0, 0, 1)
 
 
@@ -552,15 +553,18 @@ def gathered(mine: dict[int, dict]) -> dict[int, dict]:
 def admitted(sent: dict[int, dict], expected: dict[int, dict], **how) -> dict[int, dict]:
     """{user: what it sent}, of those from whom it is fit to be combined; a line about each of the others."""
     updates, refused = federate.admit([(i, t, update) for i, update in sent.items()], t, expected, **how)
-    for i, why in refused if process == 0 else ():
-        log('refused', user=i, why=why)
+    if process > 0:
+        return updates
+    if refused:
+        log('refused', users=[i for i, _ in refused], why=[why for _, why in refused])
+    for i, why in refused:
         tqdm.write(f'round {t + 1}: what user {i} sent is refused ({why}): the others go on without it', file=sys.stderr)
-    for i in (
-        federate.outliers(updates) if process == 0 and not clip_norm and aggregate not in ('median', 'trimmed_mean') else ()
-    ):
+    bounded = clip_norm or aggregate in ('median', 'trimmed_mean')
+    for i in sorted({*federate.outliers(updates)} - warned) if not bounded else ():
+        warned.add(i)
         tqdm.write(
             f"round {t + 1}: warning: what user {i} sent is over ten times as large as the median user's: "
-            '--aggregate=median, trimmed_mean or --clip_norm=2 bound what one user can do',
+            '--aggregate=median, trimmed_mean or --clip_norm=1 bound what one user can do',
             file=sys.stderr,
         )
     return updates

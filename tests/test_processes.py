@@ -37,6 +37,7 @@ RUNS = {
     'consensus': ['--method=consensus', '--n_experts=1,2,3'],
     'fdlora': ['--method=fdlora'],
     'some': ['--participation=0.6', '--test_users=2'],
+    'attacked': ['--attack=nan', '--failures=0.3', '--seed=5'],
 }
 SHORT = ('--rounds=3', '--consensus_start=1', '--judge_windows=4', '--batch_size=2', '--micro_batch_size=2')
 
@@ -82,7 +83,7 @@ def alone(tiny, tmp_path_factory):
     [
         (2, [*RUNS]),
         (3, ['fedavg', 'flexlora', 'predictions']),
-        (4, ['fedavg', 'hetlora', 'flora', 'validation', 'consensus', 'some']),
+        (4, ['fedavg', 'hetlora', 'flora', 'validation', 'consensus', 'some', 'attacked']),
     ],
 )
 def test_any_number_of_processes_gives_the_same_bits(tiny, alone, tmp_path, n, names):

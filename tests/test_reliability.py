@@ -311,10 +311,10 @@ def test_R6_nan_and_infinity(train, runs_of_rules, capsys, figure):
             run = runs_of_rules(rule, f'--attack={attack}')
             lines = [line for line in run.lines if line['kind'] == 'refused']
             named = 'what user 2 sent is refused' in capsys.readouterr().err
-            good += named and [line['user'] for line in lines] == [2] and is_rule_of(run, [0, 1])
+            good += named and [line['users'] for line in lines] == [[2]] and is_rule_of(run, [0, 1])
             tried += 1
     run = train('--method=consensus', '--consensus_start=1', '--judge_windows=4', '--rounds=1', '--attack=nan', out='consensus')
-    good += [line['user'] for line in run.lines if line['kind'] == 'refused'] == [2] and [
+    good += [line['users'] for line in run.lines if line['kind'] == 'refused'] == [[2]] and [
         line['users'] for line in run.lines if line['kind'] == 'trust'
     ] == [[0, 1]]
     for method in ('local', 'comigs_2s'):  # nothing leaves, so there is nothing to refuse
