@@ -14,11 +14,9 @@ import dataclasses
 import datetime
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
-import platform
 import re
 import resource
 import signal
@@ -34,6 +32,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint
+import curves
 import federate
 from checkpoint import write_atomically
 from configurator import configure, die
@@ -179,24 +178,11 @@ for name, legal in {
 }.items():
     if config[name] not in legal:
         die(f'--{name}={config[name]}: expected one of {", ".join(legal)}')
-for name in (
-    'local_steps',
-    'router_every',
-    'router_steps',
-    'batch_size',
-    'micro_batch_size',
-    'block_size',
-    'eval_every',
-    'top_k',
-    'lora_alpha',
-    'expert_lr',
-    'router_lr',
-    'trust_temperature',
-    'judge_windows',
-):
+positive = 'local_steps router_every router_steps batch_size micro_batch_size block_size eval_every judge_windows top_k'
+for name in f'{positive} lora_alpha expert_lr router_lr trust_temperature'.split():
     if not 0 < config[name] < 1e9:
         die(f'--{name}={config[name]}: must be greater than 0, and below a billion')
-for name in ('rounds', 'seed', 'n_generalists', 'ghost_noise', 'prune_coef', 'consensus_coef', 'consensus_start', 'test_users'):
+for name in 'rounds seed n_generalists ghost_noise prune_coef consensus_coef consensus_start test_users'.split():
     if not 0 <= config[name] < (1e9 if name != 'seed' else math.inf):
         die(f'--{name}={config[name]}: must not be negative, and below a billion')
 if not 0 < participation <= 1:
@@ -240,13 +226,9 @@ try:
 except OSError as error:
     die(f'cannot look into --out_dir={out_dir}: {error.strerror}')
 try:
-    if tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-    if wandb:
-        from wandb import Error as WandbError
-        from wandb import init as start_wandb
-except ImportError as error:
-    die(f'{error}: --tensorboard and --wandb need their packages: pip install -r requirements-log.txt')
+    drawn = curves.begin(config)
+except ValueError as error:
+    die(error)
 process, processes = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))  # set by torchrun
 hidden = quiet or process > 0  # neither lines nor bars of this process are shown
 if device == 'auto':
@@ -720,7 +702,7 @@ def publish() -> None:
         except OSError as error:
             checkpoint.cannot_write(out / 'metrics.jsonl', error)
         for line in lines:
-            draw(line)
+            curves.draw(drawn, line)
 
 
 def note(line: dict) -> None:
@@ -732,26 +714,6 @@ def note(line: dict) -> None:
     elif line['kind'] in ('train', 'router'):
         clock['steps'] += 1
         losses.extend([line['loss']] if line['kind'] == 'train' else [])
-
-
-def draw(line: dict) -> None:
-    """What a line of metrics.jsonl says about a user as points of TensorBoard's and W&B's curves: train_ppl/user0,
-    local_test_ppl/user0, comm_bytes_up/user0 and so on over that user's expert steps, router_loss/user0 over its router's, and
-    of the router's scores in every layer the generalists' share, local_test_generalist_share/user0_layer3. W&B's own step is
-    the number of the line: what it has of an earlier start is not sent again."""
-    number = next(line_number)
-    if 'step' not in line or not (board or wandb_run):
-        return
-    what, who = f'{line["when"]}_{line["split"]}' if line['kind'] == 'eval' else line['kind'], f'user{line["user"]}'
-    x = line.get('router_step', line['step'])  # a phase's router steps fall on one expert step
-    keys = [k for k in line if type(line[k]) in (int, float) and k not in ('round', 'step', 'router_step', 'user')]
-    points = {f'{what}_{key}/{who}': line[key] for key in keys}
-    for layer, scores in enumerate(line.get('scores', ())):  # scores (E,)
-        points[f'{what}_generalist_share/{who}_layer{layer}'] = sum(scores[:n_generalists])
-    for name, value in points.items() if board else ():
-        board.add_scalar(name, value, x)
-    if wandb_run and number >= sent_before:
-        wandb_run.log({'user_step': x, **points}, step=number)
 
 
 def say(text: str) -> None:
@@ -883,24 +845,11 @@ if resume:
         die(f'--resume: {error}: start again with --overwrite')
     if aggregate == 'flora' and start:
         base.load_state_dict(checkpoint.part(tensors, 'base/'))
-board = wandb_run = None
-line_number, sent_before = itertools.count(), 0  # lines of metrics.jsonl
-if process == 0 and wandb:  # the same folder on the same machine is the same run
+if process == 0:
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        wandb_run = start_wandb(
-            project='nanocomigs',
-            name=out_dir,
-            id=hashlib.sha256(f'{platform.node()} {out.resolve()}'.encode()).hexdigest()[:16],
-            resume='allow' if resume else None,
-            dir=out,
-            config=config,
-            settings={'silent': quiet},
-        )
-    except (OSError, WandbError) as error:
-        die(f'--wandb: {error}; WANDB_MODE=offline needs neither network nor login')
-    wandb_run.define_metric('*', step_metric='user_step')
-    sent_before = wandb_run.step
+        curves.start(drawn, config)
+    except ValueError as error:
+        die(error)
 federate.all_gather({})  # all have checked and read before anything is written
 superseded = []  # users' files that only the round before the last one needs
 if resume:
@@ -926,34 +875,15 @@ elif process == 0:
         ):
             old.unlink(missing_ok=True)
         versions = {'python': sys.version.split()[0], 'torch': torch.__version__, 'numpy': np.__version__}
-        write_atomically(
-            out / 'config.json',
-            lambda file: file.write_text(
-                json.dumps(
-                    {
-                        **config,
-                        'device': device,
-                        'dtype': dtype,
-                        'versions': versions,
-                        'git_commit': git_commit(),
-                        'base_sha256': identity['base'],
-                        'adapter_sha256': adapter_sha256,
-                        'users': names,
-                        'tested': tested,
-                    },
-                    indent=1,
-                )
-            ),
-        )
+        effective = {**config, 'device': device, 'dtype': dtype, 'versions': versions, 'git_commit': git_commit()}
+        effective |= {'base_sha256': identity['base'], 'adapter_sha256': adapter_sha256, 'users': names, 'tested': tested}
+        write_atomically(out / 'config.json', lambda file: file.write_text(json.dumps(effective, indent=1)))
     except OSError as error:
         die(f'cannot write to --out_dir={out_dir}: {error.strerror}')
 federate.all_gather({})
 metrics = open(out / 'metrics.jsonl', 'ab', buffering=0) if process == 0 else None
-if process == 0 and tensorboard:  # all kept lines are drawn anew: purge_step has readers drop what earlier files say
-    board = SummaryWriter(out / 'tensorboard', purge_step=0, flush_secs=10)
-if board or wandb_run:
-    for line in (out / 'metrics.jsonl').read_text(encoding='utf-8').splitlines():
-        draw(json.loads(line))
+if process == 0:
+    curves.catch_up(drawn, out)
 
 # ---- Algorithm 1 ---------------------------------------------------------------------------------------------------
 n_present = max(1, round(participation * N))
@@ -1010,16 +940,8 @@ for t in range(start, rounds):
                     # eq. (3), upper level: the router descends on the validation set, experts fixed
                     ce_valid, lb = descend(user, user.router_opt, user.data[router_data], (seed, user.id, 1, user.router_steps))
                     user.router_steps += 1
-                    log(
-                        'router',
-                        step=user.expert_steps,
-                        router_step=user.router_steps,
-                        user=user.id,
-                        loss=ce_valid,
-                        ppl=perplexity(ce_valid),
-                        lb=lb,
-                        lr=router_lr,
-                    )
+                    at = {'step': user.expert_steps, 'router_step': user.router_steps, 'user': user.id}
+                    log('router', **at, loss=ce_valid, ppl=perplexity(ce_valid), lb=lb, lr=router_lr)
             bar.update()
             done += 1
             bar.set_postfix({'round': t + 1, 'user': user.name, 'loss': f'{ce:.3f}', 'test ppl': tested_so_far})
@@ -1042,13 +964,8 @@ for t in range(start, rounds):
     server, own = combine({i: {name: update[name] for name in shared} for i, update in updates.items()})
     for user in users:
         user.download = own.get(user.id, {})
-        log(
-            'comm',
-            step=user.expert_steps,
-            user=user.id,
-            bytes_up=user.bytes_up + federate.n_bytes(sent[user.id]),
-            bytes_down=user.bytes_down,
-        )
+        up = user.bytes_up + federate.n_bytes(sent[user.id])
+        log('comm', step=user.expert_steps, user=user.id, bytes_up=up, bytes_down=user.bytes_down)
         user.bytes_up = user.bytes_down = 0
     publish()
     clock['seconds'], tic = time.time() - began, time.time()
@@ -1098,8 +1015,6 @@ if processes > 1:
 if process > 0:
     sys.exit()
 metrics.close()
-if board:
-    board.close()
 when = 'pretrained' if rounds == 0 else 'fused' if fuse else 'local'
 ppl = of_all(when)
 ids = list(range(len(names))) if pooled else tested
@@ -1135,9 +1050,7 @@ summary = {
     'peak_rss_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024),
 }
 write_atomically(out / 'summary.json', lambda file: file.write_text(json.dumps(summary, indent=1)))
-if wandb_run:
-    wandb_run.summary.update({name: value for name, value in summary.items() if type(value) in (int, float, str)})
-    wandb_run.finish()
+curves.end(drawn, summary)
 if rounds:
     import plot
 
@@ -1145,13 +1058,6 @@ if rounds:
 columns = {'pretrained': of_all('pretrained'), method: ppl} | ({'after aggregation': of_all('aggregated')} if after else {})
 columns = {name: column for name, column in columns.items() if mean(column) is not None}  # of a few tested, perhaps nobody
 rows = [[name, *row] for name, row in zip(summary['users'], zip(*columns.values()))]
-print(
-    table(
-        ['test perplexity', *columns],
-        [
-            *(rows if len(rows) <= 20 else ()),
-            [f'mean of {len(rows)}' if len(rows) > 20 else 'mean', *map(mean, columns.values())],
-        ],
-    )
-)
+last_row = [f'mean of {len(rows)}' if len(rows) > 20 else 'mean', *map(mean, columns.values())]
+print(table(['test perplexity', *columns], [*(rows if len(rows) <= 20 else ()), last_row]))
 say(f'{summary["seconds"]:.0f} s; wrote {out}/summary.json, metrics.jsonl, config.json, checkpoint/, adapters/')

@@ -122,7 +122,7 @@ def test_wandb_gets_what_the_metrics_file_has(train, wandb, tmp_path, monkeypatc
     assert (first['resume'], second['resume'], third['resume']) == (None, 'allow', None) and len(wandb.runs) == 1
     assert first['config'] == run.config | {'wandb': True, 'resume': False} and first['dir'] == tmp_path / 'run'
     assert x_axis == (('*',), {'step_metric': 'user_step'}) and end == 'finish'
-    assert run.wandb_run.summary['mean_test_ppl'] == run.summary['mean_test_ppl']
+    assert run.drawn.run.summary['mean_test_ppl'] == run.summary['mean_test_ppl']
     curves = {}
     for _, values in sorted(wandb.runs[first['id']].items()):
         step = values.pop('user_step')
