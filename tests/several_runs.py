@@ -2,7 +2,7 @@
 torchrun would start them. They are forks of this one, so torch is imported once.
 
 ACCIDENTS: for every run what happens to it, or null:
-    {"signal": 9, "after": 0.7}              the parent sends the signal after so many seconds
+    {"signal": 9, "after": 0.7}              the parent sends it after so many seconds; with "from": FILE, after that is there
     {"signal": 9, "at": "fsync", "call": 3}  the run kills itself before its third call of that function (of POINTS)
     {"count": true}                          it writes how often it calls each of POINTS to stderr
     {"limit": 30000}                         it can write no file longer than so many bytes, as if the disk were full
@@ -104,6 +104,8 @@ def main() -> None:
             children.append(pid)
         samples, told = [], None
         if 'after' in accident:
+            while 'from' in accident and not Path(accident['from']).exists():
+                time.sleep(0.01)
             time.sleep(accident['after'])
             for pid in children:
                 os.kill(pid, accident['signal'])
