@@ -21,7 +21,8 @@ out/demo-1g1s-mixture/summary.json: ARGS = --method=comigs_1g1s --target=mixture
 
 out/demo-%/summary.json: data/demo/meta.json $(CODE)
 	@echo '== Training: $(ARGS)'
-	@$(PY) train.py config/demo.py $(ARGS) --out_dir=out/demo-$* --overwrite
+	@$(PY) train.py config/demo.py $(ARGS) --out_dir=out/demo-$* $$(test ! -e out/demo-$*/summary.json && \
+	    ls out/demo-$*/checkpoint/round-* > /dev/null 2>&1 && echo --resume || echo --overwrite)
 
 data/demo/meta.json: .venv/run-ready data/prepare.py data/sources.py data/installed.py
 	@echo '== Preparing four users out of text that is installed on this machine'

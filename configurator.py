@@ -58,7 +58,7 @@ def configure(script: dict, argv: list[str], rows: dict | None = None, per_user:
 
 def known(name: str, names: dict, what: str, dashes: str = '') -> str:
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
         hint = f'did you mean {dashes}{near[0]}?' if near else f'known: {", ".join(names)}'
         die(f'unknown {what} {dashes}{name!s}; {hint}')
     return name

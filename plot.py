@@ -338,7 +338,7 @@ def overview(what: str, folders: list):
     fig, axes = new_figure(3.2 + 2.3 * routed, 1 + routed, 1)
     for i, user in enumerate(users_of(first)):
         xs, mean, _ = curve([first, *more], user)
-        axes[0].plot(xs, mean, label=user_title(first, user), **look(i, len(xs)))
+        axes[0].plot(xs, mean, label=user_title(first, user), **{**look(i, len(xs)), 'linestyle': '-'})  # dotted is the base
         if (base := base_of(first, user)) is not None:
             axes[0].axhline(base, color=COLOURS[i % 8], linewidth=0.8, linestyle=(0, (1, 2)))
     axes[0].set(ylabel=perplexity_label(first), title='dotted: the base, before training')
@@ -354,7 +354,7 @@ def overview(what: str, folders: list):
             axes[1].plot(xs, [v.mean() for v in values], label=label, **{**look(i, len(xs)), 'color': colours[i]})
         axes[1].set(ylim=(0, 1), ylabel='mean score', title=f'generalist{"s" * (n > 1)}: router score, mean over users')
     for ax in axes:
-        ax.set(xlabel='communication round' if first.many else 'expert steps')
+        ax.set(xlabel='communication round' if first.many else 'expert steps', xlim=(0, None))
         ax.legend(loc='upper center', bbox_to_anchor=(0.5, -0.27), ncol=2)
     fig.suptitle(heading('{} ({})'.format(*method_and_experts(first.config)), [first, *more]))
     return fig

@@ -51,7 +51,7 @@ def check_dataset(folder: str | Path, block_size: int, vocab_size: int) -> dict:
                 raise ValueError('a user needs a name, and the number of its tokens of each split')
             meta['tokenizer'], [user['sha256'][split] for split in SPLITS]
     except FileNotFoundError:
-        raise ValueError(f'no data set at {folder} (no meta.json): run python data/prepare.py {folder.name}') from None
+        raise ValueError(f'no data set at {folder} (no meta.json): data/prepare.py makes it, see the README') from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f'{folder}/meta.json cannot be read ({type(error).__name__}: {error}): prepare the data set again'
