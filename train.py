@@ -954,7 +954,7 @@ for t in range(start, rounds):
             prune(user)
         if (last or (t + 1) % eval_every == 0) and user.id in tested:  # after local steps, before aggregation
             test_perplexity(user, user.model, 'local')
-    told = progress(done)
+    told = progress(len(users) * local_steps)
     present = [i for i in present if i not in failing]
     awake([user.id for user in users if user.id in present])  # who failed has lost what it did: its file says what it is
     bar.update((t + 1) * n_present * local_steps - bar.n)  # steps of other processes, and of who failed

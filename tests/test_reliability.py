@@ -2,6 +2,7 @@
 
 `make test` runs a short form of every line; `make reliability` (RELIABILITY=long) all of it, and prints the table."""
 
+import ast
 import json
 import math
 import os
@@ -554,17 +555,25 @@ VALUES += '0 1 2 3 -1 0.5 -0.5 1e-3 1e99 nan inf None True False () (1,) 1,2 1,2
 VALUES += 'own mixture median flora trust joint train learned mean full active none prefix scale:1e3 bfloat16'.split()
 
 
-def fuzzed(rng: random.Random, names: list[str], tmp_path: Path, i: int) -> list[str]:
-    """A command line of random switches and values; every third has a config file of such, or of plain rubbish."""
-    args = []
-    for name in rng.choices([*names, 'n_expertz', 'method', 'aggregate'], k=rng.randint(1, 4)):
-        value = rng.choice(['fedavg', 'pcl', 'hetlora', 'consensus', 'comigs_1gxs']) if name == 'method' else rng.choice(VALUES)
-        args.append(f'--{name}={value}' if rng.random() < 0.9 else f'--{name}')
+def fuzzed(rng: random.Random, defaults: dict[str, str], tmp_path: Path, i: int) -> list[str]:
+    """A command line of random switches, with values that may be right or with any; every third has a config file of such, or
+    of plain rubbish."""
+    kinds = {'int': ('1', '2', '3'), 'float': ('0.1', '0.5', '1.0'), 'bool': ('True', 'False'), 'str': ()}
+    methods, names, args = ('fedavg', 'pcl', 'hetlora', 'consensus', 'comigs_1gxs'), [*defaults], []
+    careful = rng.random() < 0.6
+    for name in rng.choices(
+        [*names, 'method'] if careful else [*names, 'n_expertz', 'method', 'aggregate'], k=rng.randint(1, 4)
+    ):
+        default = defaults.get(name, '0')
+        likely = methods if name == 'method' else (*kinds[type(ast.literal_eval(default)).__name__], default.strip("'"))
+        value = rng.choice(likely if careful or name == 'method' else VALUES)
+        args.append(f'--{name}={value}' if rng.random() < 0.95 else f'--{name}')
     if i % 3 == 0:
         file = tmp_path / f'fuzz{i}.py'
-        lines = (
-            [f'{rng.choice(names)} = {rng.choice(VALUES)}' for _ in range(2)] if rng.random() < 0.7 else ['import (', '\x07']
-        )
+        if careful:
+            lines = [f'{name} = {defaults[name]}' for name in rng.choices(names, k=2)]
+        else:
+            lines = [f'{rng.choice(names)} = {rng.choice(VALUES)}'] if rng.random() < 0.7 else ['import (', '\x07']
         file.write_text('\n'.join(lines))
         args.insert(0, str(file))
     return args
@@ -572,12 +581,14 @@ def fuzzed(rng: random.Random, names: list[str], tmp_path: Path, i: int) -> list
 
 def test_R14_fuzzed_command_lines(train, tmp_path, capsys, monkeypatch, figure):
     """Random switches and config files: a run, or exit code 2 and one line. Nothing else."""
-    names = re.findall(r'^([a-z]\w*) += ', (ROOT / 'train.py').read_text().partition('# fmt: on')[0], re.M)
-    names = sorted(set(names) - {'out_dir', 'device', 'compile', 'rounds', 'tensorboard', 'wandb'})
+    switches = (ROOT / 'train.py').read_text().partition('# fmt: on')[0]
+    defaults = dict(re.findall(r'^([a-z]\w*) += (.*?) +#', switches, re.M))
+    for name in ('method', 'out_dir', 'device', 'compile', 'rounds', 'tensorboard', 'wandb', 'dataset', 'init_from', 'resume'):
+        del defaults[name]
     n, ran, refused_, other = 1000 if LONG else 60, 0, 0, []
     monkeypatch.chdir(tmp_path)
     for i in range(n):
-        args = fuzzed(random.Random(i), names, tmp_path, i)
+        args = fuzzed(random.Random(i), defaults, tmp_path, i)
         try:
             train(*args, '--rounds=1', '--local_steps=1', '--overwrite')
             ran += 1
