@@ -180,7 +180,7 @@ for name, legal in {
         die(f'--{name}={config[name]}: expected one of {", ".join(legal)}')
 positive = 'local_steps router_every router_steps batch_size micro_batch_size block_size eval_every judge_windows top_k'
 for name in f'{positive} lora_alpha expert_lr router_lr trust_temperature'.split():
-    if not 0 < config[name] < 1e9:
+    if not 0 < config[name] < (1e9 if type(config[name]) is int else math.inf):
         die(f'--{name}={config[name]}: must be greater than 0, and below a billion')
 for name in 'rounds seed n_generalists ghost_noise prune_coef consensus_coef consensus_start test_users'.split():
     if not 0 <= config[name] < (1e9 if name != 'seed' else math.inf):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import user_streams, write_dataset
 
-from data.stream import SPLITS, check_dataset, get_batch, load_dataset, load_user
+from data.stream import SPLITS, check_dataset, get_batch, load_dataset, load_user, overlap
 
 
 def test_a_user_at_a_time_is_what_was_written(tmp_path):
@@ -16,7 +16,7 @@ def test_a_user_at_a_time_is_what_was_written(tmp_path):
     folder = write_dataset(tmp_path / 'data', written)
     meta = check_dataset(folder, 16, 257)
     same, streams = load_dataset(folder, 16, 257)
-    assert meta == same == json.loads((folder / 'meta.json').read_text())
+    assert meta == same == json.loads((folder / 'meta.json').read_text()) | {'overlap': [0.0, 0.0, 0.0]}
     for i, user in enumerate(written):
         read = load_user(folder, meta, i)
         assert list(read) == list(SPLITS)
@@ -109,3 +109,14 @@ def test_batches_are_windows_by_key():
     assert not torch.equal(x, get_batch(tokens, 64, 16, (42, 3, 0, 8))[0])
     starts = [get_batch(tokens[:18], 64, 16, (i,))[0][:, 0] for i in range(4)]
     assert set(torch.cat(starts).tolist()) == {0, 1}
+
+
+def test_overlap_is_the_share_of_validation_windows_that_training_text_has(tmp_path):
+    """Windows of 64 side by side in the validation text, anywhere in the training text; one token less is no overlap."""
+    rng = np.random.default_rng(0)
+    train, valid = rng.integers(0, 257, 1000), rng.integers(0, 257, 64 * 5 + 10)
+    assert overlap(train, valid) == 0 and overlap(train, train[:640]) == 1 and overlap(train[:63], valid) == 0
+    valid[64:128], valid[192:255] = train[13:77], train[-63:]
+    assert overlap(train, valid) == 1 / 5
+    valid[192:256] = train[-64:]
+    assert overlap(train, valid) == 2 / 5
