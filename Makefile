@@ -1,5 +1,5 @@
 # make demo   set up .venv, prepare the demo's text, train four runs, print one table (under 5 minutes after the set-up)
-# make test   set up .venv with the test tools and run the whole test suite (about six minutes)
+# make test   set up .venv with the test tools and run the whole test suite (about twelve minutes)
 # make reliability   the long form of every reliability figure, and their table (about 15 minutes)
 # make lint   set up the same and check style and format (ruff)
 # make clean  remove what the demo wrote (data/demo, out/); the .venv stays
