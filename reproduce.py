@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import plot
 from configurator import die, parse, read_file
+from plot import read_json
 
 TRAIN = Path(__file__).with_name('train.py')
 TITLES = {
@@ -137,13 +138,6 @@ def paper_value(text: str, name: str) -> tuple[float | None, float | None]:
 
 
 # ---- runs: folders, found by what shapes their numbers --------------------------------------------------------------
-def read_json(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
-        die(f'{file} cannot be read ({error})')
-
-
 def run_of(switches: dict, seed: int, setup: dict) -> dict:
     shaping = {k: v for k, v in setup['extra'].items() if k not in ('quiet', 'tensorboard', 'wandb')}
     identity = json.dumps([switches, seed, shaping, setup['identity']], sort_keys=True)
