@@ -1,18 +1,21 @@
-# make demo   set up .venv, prepare the demo's text, train four runs, print one table (under 5 minutes after the set-up)
-# make test   set up .venv with the test tools and run the whole test suite (about twelve minutes)
+# make demo      set up .venv, prepare the demo's text, train four runs, print one table and draw their curves (under 5 minutes)
+# make test      set up .venv with the test tools and run the tests (under 5 minutes on two cores)
+# make test-all  every test in its long form (about a quarter of an hour); CI runs lint and this
 # make reliability   the long form of every reliability figure, and their table (about 15 minutes)
-# make lint   set up the same and check style and format (ruff)
-# make clean  remove what the demo wrote (data/demo, out/); the .venv stays
+# make lint      style and format (ruff)
+# make clean     remove what the demo wrote (data/demo, out/); the .venv stays
 PYTHON ?= python3
 PY = .venv/bin/python
-CODE = train.py eval.py model.py lora_moe.py federate.py checkpoint.py configurator.py data/stream.py config/demo.py assets/base-tiny.safetensors
+CODE = train.py user.py eval.py model.py lora_moe.py federate.py configurator.py data/stream.py config/default.py config/demo.py \
+       run/fleet.py run/journal.py run/report.py run/checkpoint.py run/processes.py assets/base-tiny.safetensors
 RUNS = out/demo-local out/demo-fedavg out/demo-1g1s-own out/demo-1g1s-mixture
 
-.PHONY: demo test lint reliability clean
+.PHONY: demo test test-all lint reliability clean
 
 demo: $(RUNS:=/summary.json)
 	@echo '== Test perplexity of every user. Local and FedAvg never look at validation text, so one run serves both targets.'
 	@$(PY) eval.py $(RUNS) --target=own,mixture
+	@for run in $(RUNS); do $(PY) tools/plot.py run $$run; done
 
 out/demo-local/summary.json: ARGS = --method=local
 out/demo-fedavg/summary.json: ARGS = --method=fedavg
@@ -30,6 +33,10 @@ data/demo/meta.json: .venv/run-ready data/prepare.py data/sources.py data/instal
 
 test: .venv/test-ready
 	@echo '== Running the tests'
+	@$(PY) -m pytest -q -m 'not slow'
+
+test-all: .venv/test-ready
+	@echo '== Running the tests, the long forms too'
 	@$(PY) -m pytest -q
 
 reliability: .venv/test-ready

@@ -1,22 +1,29 @@
-"""nanoGPT's configuration idea with its gaps closed: a script's lower-case module-level variables are its switches.
+"""nanoGPT's configuration idea with its gaps closed: config/default.py has every switch, and what it may be.
 
     python train.py config/demo.py config/mine.py --n_experts=4,2,2,2 --expert_lr=1e-3 --resume
 
-Later values win: the script's defaults, then the row of switches that `method` names, then config files and flags in the
-order given. Unknown names are refused, in files as on the command line; a value must have its default's type (an int
-may stand for a float, and one number for a tuple with an entry per user)."""
+Unknown names are refused, in files as on the command line; a value must have its default's type (an int may stand for a float,
+and one number for a tuple with an entry per user). Below that, what every command prints with: a last line, a table."""
 
+import argparse
 import ast
 import difflib
 import io
 import math
 import os
+import re
 import sys
 import tokenize
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn
 
-KINDS = (bool, int, float, str, tuple)
+import numpy as np
+
+from config import default
+from config.default import COLUMNS, FIT, GONE, LEGAL, METHODS, MUST, PER_USER
+
+SWITCHES = {k: v for k, v in vars(default).items() if k.islower() and not k.startswith('_')}
 
 
 def die(message: object) -> NoReturn:
@@ -26,37 +33,68 @@ def die(message: object) -> NoReturn:
     raise SystemExit(2)
 
 
-def configure(script: dict, argv: list[str], rows: dict | None = None, per_user: tuple = ()) -> dict:
-    """Overrides the variables of `script` (its globals()) and returns the effective configuration, in source order.
+def configure(argv: list[str], doc: str = '') -> SimpleNamespace:
+    """Every switch as a name of one namespace, in the order of config/default.py. Dies on bad input.
 
-    rows: {method: {switch: value}}; per_user: names that also take a tuple, one entry per user. Dies on bad input. --help
-    among the arguments prints what the others would set, and ends."""
-    defaults = {k: v for k, v in script.items() if k.islower() and not k.startswith('_') and type(v) in KINDS}
-    asks = [arg for arg in argv if arg == '-h' or arg.partition('=')[0] == '--help']
+    --help prints `doc` and what the other arguments would set, --list_methods the rows; either ends."""
+    asks = [arg for arg in argv if arg == '-h' or arg.partition('=')[0] in ('--help', '--list_methods')]
     given = {}
     for arg in argv:
         if arg in asks:
             continue
         if arg.startswith('--'):
-            key, equals, value = arg[2:].partition('=')  # only the first '=' separates
-            given[known(key, defaults, 'switch', '--')] = parse(key, value) if equals else True
+            key, equals, text = arg[2:].partition('=')  # only the first '=' separates
+            given[known(key, SWITCHES, 'switch', '--')] = literal(text) if equals else True
         else:
             for key, value in read_file(arg).items():
-                given[known(key, defaults, f'switch in {arg}')] = value
-    given = {key: checked(key, value, defaults[key], key in per_user) for key, value in given.items()}
-    row = {}
-    if rows is not None:
-        method = given.get('method', defaults['method'])
-        row = rows[known(method, rows, 'method')]
-    config = {**defaults, **row, **given}
+                given[known(key, SWITCHES, f'switch in {arg}')] = value
+    given = {key: checked(key, value, SWITCHES[key], key in PER_USER) for key, value in given.items()}
+    row = METHODS[known(given.get('method', SWITCHES['method']), METHODS, 'method')]
+    config = {**SWITCHES, **dict(zip(COLUMNS, row[0])), **(row[3] if row[3:] else {}), **given}
     if asks:
-        print(help_text(script, config))
+        print(list_methods() if '--list_methods' in asks else help_text(doc, config))
         raise SystemExit(0)
-    script.update(config)
-    return config
+    check(config)
+    return SimpleNamespace(**config)
+
+
+def check(config: dict) -> None:
+    """Dies unless every row of LEGAL and of MUST holds."""
+    for names, legal in LEGAL.items():
+        for name in names.split():
+            x = config[name]
+            if isinstance(legal, tuple) and x not in legal:
+                die(f'--{name}={x}: expected one of {", ".join(legal)}')
+            if isinstance(legal, str) and not eval(legal, {'x': x}):
+                die(f'--{name}={x}: expected {legal.replace("x", name)}')
+    hold(MUST, config)
+
+
+def hold(rows: dict[str, str], values: dict) -> None:
+    """Dies with the first condition that does not hold: the values that it speaks of, and why."""
+    for condition, why in rows.items():
+        if not eval(condition, {'fullmatch': re.fullmatch}, values):
+            spoken = dict.fromkeys(name for name in re.findall(r'\w+', condition) if name in values)
+            text = {k: ','.join(map(str, v)) if isinstance(v, tuple) else v for k, v in values.items()}
+            die(', '.join(f'{"--" * (k in SWITCHES)}{k}={text[k]}' for k in spoken) + f': {why}')
+
+
+def fit(c: SimpleNamespace, N: int, n_positions: int) -> SimpleNamespace:
+    """c, once the number of users and the base's positions are known: n_experts and lora_rank get an entry per user. Dies
+    unless every row of FIT holds."""
+    for name in PER_USER:
+        value = getattr(c, name)
+        each = value if isinstance(value, tuple) else (value,) * N
+        if len(each) != N or not 1 <= min(each) <= max(each) <= 4096:
+            die(f'--{name}={",".join(map(str, each))}: expected one value from 1 to 4096, or {N}, one per user of {c.dataset}')
+        setattr(c, name, each)
+    hold(FIT, {**vars(c), 'N': N, 'n_positions': n_positions})
+    return c
 
 
 def known(name: str, names: dict, what: str, dashes: str = '') -> str:
+    if name in GONE and names is SWITCHES:
+        die(f'there is no {what} {dashes}{name} any more: {GONE[name]}')
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
         hint = f'did you mean {dashes}{near[0]}?' if near else f'known: {", ".join(names)}'
@@ -64,7 +102,7 @@ def known(name: str, names: dict, what: str, dashes: str = '') -> str:
     return name
 
 
-def parse(key: str, text: str) -> object:
+def literal(text: str) -> object:
     """The text of --key=text as a Python value; what is no literal is a string."""
     try:
         return ast.literal_eval(text)
@@ -79,7 +117,7 @@ def checked(key: str, value: object, default: object, per_user: bool) -> object:
         return tuple(checked(key, entry, default, False) for entry in value)
     if want is float and number:
         value = float(value)
-    if want is str and type(value) in KINDS and type(value) is not tuple:
+    if want is str and type(value) in (bool, int, float):
         value = str(value)
     if type(value) is not want:
         example = f'{default!r}' + (f' or one value per user, such as {default},{default}' if per_user else '')
@@ -103,25 +141,58 @@ def read_file(file: str) -> dict:
     return {k: v for k, v in values.items() if not k.startswith('_')}
 
 
-def help_text(script: dict, config: dict) -> str:
-    """The script's docstring, and every switch with its value in `config` and what its source says beside and above it, as a
-    config file could have it; a value that is not the default tells the default, too."""
-    source = Path(script['__file__']).read_text()
-    comments = {
-        token.start[0]: token.string
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    ends = {}  # the line on which the first assignment to a name ends
-    for node in ast.parse(source).body:
-        for name in node.targets if isinstance(node, ast.Assign) else ():
-            ends.setdefault(getattr(name, 'id', None), node.end_lineno)
-    width = max(len(f'{name} = {value!r}') for name, value in config.items())
-    lines, at = [(script['__doc__'] or '').strip(), ''], 0
-    for name, value in config.items():
-        line = ends.get(name, at)
-        lines += [comments[i] for i in range(at + 1, line) if comments.get(i, '').startswith('# --')]
-        given = f'  (default: {script[name]!r})' if value != script[name] else ''
-        lines.append(f'{f"{name} = {value!r}":{width}}  {comments.get(line, "")}'.rstrip() + given)
-        at = line
+def help_text(doc: str, config: dict) -> str:
+    """`doc`, and every switch with its value in `config` and its comment in config/default.py, as a config file could have it;
+    a value that is not the default tells the default, too."""
+    lines, width = [doc.strip(), ''], max(len(f'{name} = {value!r}') for name, value in config.items())
+    tokens = [*tokenize.generate_tokens(io.StringIO(Path(default.__file__).read_text()).readline)]
+    for i, token in enumerate(tokens):
+        if token.type == tokenize.COMMENT and token.string.startswith('# ----') and token.start[1] == 0:
+            lines.append(token.string)
+        if token.type == tokenize.NAME and token.start[1] == 0 and token.string in config:
+            name, comment = token.string, next(later.string for later in tokens[i:] if later.type == tokenize.COMMENT)
+            given = f'  (default: {SWITCHES[name]!r})' if config[name] != SWITCHES[name] else ''
+            lines.append(f'{f"{name} = {config[name]!r}":{width}}  {comment}{given}')
+        if token.string == 'PER_USER':
+            break
     return '\n'.join(lines)
+
+
+def list_methods() -> str:
+    """METHODS as a table: the switches of every row in short."""
+    lines = []
+    for name, (row, where, what, *_) in METHODS.items():
+        experts, generalists, attention, router, trained_on, aggregate, rank = row
+        gate = f'{router}, {trained_on}' if router == 'learned' else router
+        shared = f'{generalists}{" + attention" * attention}'
+        lines.append([name, where.replace('T', 'Table '), gate, aggregate, shared, what, experts, rank])
+    return table(['--method', 'paper', 'router', 'combined by', 'generalists', 'what it is', 'experts', 'rank'], lines, left=6)
+
+
+# ---- what other commands share -------------------------------------------------------------------------------------
+def parser(doc: str) -> argparse.ArgumentParser:
+    """Of a command in tools/ or data/: its docstring is its manual, bad input is one line."""
+    made = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.error = die
+    return made
+
+
+def mean(values: list[float | None]) -> float | None:
+    """Mean of those that are known, None if none is."""
+    known = [v for v in values if v is not None]
+    return float(np.mean(known)) if known else None
+
+
+def cell(value: object) -> str:
+    return f'{value:.3f}' if isinstance(value, float) else '-' if value is None else str(value)
+
+
+def table(header: list, rows: list[list], left: int = 1) -> str:
+    """A text table; floats with three decimals, the first columns (`left` of them) to the left."""
+    cells = [[*map(cell, row)] for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = [
+        '  '.join(c.rjust(w) if i >= left else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+        for row in cells
+    ]
+    return '\n'.join([lines[0], '-' * max(map(len, lines)), *lines[1:]])

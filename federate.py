@@ -1,34 +1,45 @@
-"""What leaves a user, and how it is combined: one pure function per rule, on dicts {name: tensor}; no state.
+"""The server: what leaves a user, what is accepted of it, and how it is combined. No state; a rule is one pure function.
 
-A user's tensors and their roles come from lora_moe.roles. What may leave is decided by `shared_names` and nowhere else
-(METHOD 0.5): generalists, and the attention LoRAs if they are shared. Specialists, routers, optimizer state and text never
-do. An update is what one user sends: {name: tensor}, every LoRA a pair NAME.A (r, in) and NAME.B (out, r), ΔW = γ B A.
+What may leave is decided by `shared_names` and nowhere else (METHOD 0.5): generalists, and the attention LoRAs if they are
+shared. Specialists, routers, optimizer state and text never do. An update is what one user sends: {name: tensor}, every LoRA
+a pair NAME.A (r, in) and NAME.B (out, r), ΔW = γ B A. A new rule is a function here, a `case` in `combine`, its name in LEGAL
+and a row of METHODS (config/default.py).
+
 Sums run in float64 and do not depend on the order of the users (`order_free_sum`), nor on when their updates arrive.
 
 Shapes: N users, r_k the rank of user k, P positions of public text, K likeliest tokens at each, V vocabulary.
 """
 
-import json
 import math
 import statistics
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load, save
+
+from lora_moe import ATTENTION_RANK, scaling
+from model import GPT
 
 Tensors = dict[str, torch.Tensor]
 Predictions = tuple[torch.Tensor, torch.Tensor]  # token ids (P, K) int32, their logits or probabilities (P, K) float16
 
-ONE_MODEL = ('fedavg', 'ffa', 'median', 'trimmed_mean')  # rules whose result is a model for everybody, newcomers included
+ONE_MODEL = ('fedavg', 'fdlora', 'ffa', 'median', 'trimmed_mean')  # their result is a model for everybody, newcomers included
+LEAVES = {'ffa': 'B', 'fedsa': 'A'}  # of every LoRA; with all other rules both factors
 
 
-def shared_names(roles: dict[str, str], share_attention: bool, factors: str = 'AB') -> list[str]:
-    """Names of the tensors that leave the user, in the model's order. roles: {name: role}; factors: which of A and B."""
-    leaving = {'generalist', 'attention'} if share_attention else {'generalist'}
-    return [name for name, role in roles.items() if role in leaving and name[-1] in factors]
+def shared_names(role: dict[str, str], c: SimpleNamespace, factors: str = '') -> list[str]:
+    """Names of the tensors that leave the user, in the model's order. role: {name: role} as of lora_moe.roles. factors 'AB':
+    with those that all users start with in common but that stay (FFA's A, FedSA's B)."""
+    if c.aggregate in ('none', 'consensus'):
+        return []
+    leaving = {'generalist', 'attention'} if c.share_attention else {'generalist'}
+    factors = factors or LEAVES.get(c.aggregate, 'AB')
+    return [name for name in role if role[name] in leaving and name[-1] in factors]
+
+
+def is_generalist(name: str) -> bool:
+    return '.generalists.' in name  # lora_moe.py, top: the name tells the role
 
 
 def n_bytes(tensors: Tensors) -> int:
@@ -38,7 +49,8 @@ def n_bytes(tensors: Tensors) -> int:
 
 # ---- where updates enter: whatever a user sends, checked once for all rules --------------------------------------------
 def admit(messages: list[tuple[int, int, Tensors]], t: int, expected: dict[int, Tensors], **how) -> tuple[dict, list]:
-    """({user: update} fit for every rule, in order of users; [(user, why)] of what is refused, one line each).
+    """({user: update} fit for every rule, in order of users; [(user, why)] of what is refused, one line each). Tensors come in
+    the order in which they are expected: sums over names have the same bits, whatever order a message had.
 
     messages: (user, round, update) in the order in which they come, late ones and duplicates among them; a user's first that
     is fit counts, and no other. t: the round that is being combined. expected: {user: tensors such as it has to send}."""
@@ -55,7 +67,7 @@ def admit(messages: list[tuple[int, int, Tensors]], t: int, expected: dict[int, 
         if why:
             refused.append((user, why))
         else:
-            admitted[user] = update
+            admitted[user] = {name: update[name] for name in expected[user]}
     return dict(sorted(admitted.items())), refused
 
 
@@ -67,7 +79,7 @@ def refusal(update: Tensors, expected: Tensors, lower_rank: bool = False, vocab_
         return f'{name} is missing' if name in expected else f'{name[:80]} does not belong there'
     if not all(isinstance(v, torch.Tensor) for v in update.values()):
         return 'it holds something that is no tensor'
-    ranks = {v.shape[:1] for name, v in update.items() if 'generalists' in name and name.endswith('.A')}
+    ranks = {v.shape[:1] for name, v in update.items() if is_generalist(name) and name.endswith('.A')}
     if lower_rank and len(ranks) == 1:
         expected = truncate(expected, max((1, *ranks.pop())))
     for name, want in expected.items():
@@ -109,15 +121,56 @@ def clipped(updates: list[Tensors], server: Tensors, c: float) -> list[Tensors]:
     return bounded
 
 
+# ---- one round at the server -----------------------------------------------------------------------------------------
+def combine(
+    c: SimpleNamespace, t: int, server: Tensors, sent: dict[int, Tensors], ask: Callable, log: Callable
+) -> tuple[Tensors, dict[int, Tensors]]:
+    """(what everybody's next round starts from, {user: what the server made for it alone}): the rule that c.aggregate names.
+
+    t: the round; server: what this round started from; sent: {user: admitted update} of those present, nobody: all stays as it
+    is. ask(question, users, **what is told) -> {user: answer}, where a rule needs the users once more. log(kind, values)."""
+    if not sent:
+        return server, {}
+    present, updates = [*sent], [*sent.values()]
+    if c.clip_norm:
+        updates = clipped(updates, server, c.clip_norm)
+    # where ranks differ: generalists by the rule, attention LoRAs, of one rank for all, by the mean
+    experts = [{name: v for name, v in update.items() if is_generalist(name)} for update in updates]
+    attention = [{name: v for name, v in update.items() if not is_generalist(name)} for update in updates]
+    weights = [c.n_train[i] / sum(c.n_train[k] for k in present) for i in present]  # by text
+    gammas = [scaling(c.lora_alpha, c.lora_rank[i]) for i in present]
+    match c.aggregate:
+        case 'fedavg' | 'ffa' | 'fedsa' | 'fdlora':  # the same mean, of A and B, of B alone, of A alone
+            return fedavg(updates), {}  # θ^G = 1/N Σ_i θ_i^G
+        case 'median':
+            return median(updates), {}
+        case 'trimmed_mean':
+            return trimmed_mean(updates, c.trim), {}
+        case 'hetlora':  # a user takes the first components, up to its rank
+            return hetlora(experts, gammas) | fedavg(attention), {}
+        case 'flexlora':
+            return flexlora(experts, weights, gammas) | fedavg(attention), {}
+        case 'flora':
+            gamma = [scaling(c.lora_alpha, ATTENTION_RANK)] * len(updates)
+            return flora(experts, weights, gammas) | flora(attention, weights, gamma), {}
+        case 'trust':
+            present, scores = trust_scores(c, sent, ask)
+            W = trust_matrix(scores, c.trust_temperature)
+            log('trust', {'users': present, 'matrix': W.tolist()})
+            return {}, dict(zip(present, trust_average([sent[i] for i in present], W)))
+        case 'consensus' if t + 1 >= c.consensus_start and (told := ask('predict', present, logits=False)):
+            predictions = [(top['ids'], top['values']) for top in told.values()]
+            W = prediction_trust(predictions, c.vocab_size)
+            log('trust', {'users': [*told], 'matrix': W.tolist()})
+            psi = [consensus(predictions, row, c.vocab_size) for row in W.tolist()]
+            return {}, {i: {'ids': ids, 'values': values} for i, (ids, values) in zip(told, psi)}
+    return {}, {}
+
+
 # ---- means of parameters -------------------------------------------------------------------------------------------
 def stacked(updates: list[Tensors]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, (N, ...) float64 on the CPU), a tensor at a time: memory for one, whatever N. Raises ValueError unless all
-    updates have the same names and shapes."""
-    first = {name: t.shape for name, t in updates[0].items()}
-    for i, update in enumerate(updates):
-        if {name: t.shape for name, t in update.items()} != first:
-            raise ValueError(f'update {i} has other tensors or shapes than update 0: all users share the same generalists')
-    for name in first:
+    """(name, (N, ...) float64 on the CPU), a tensor at a time: memory for one, whatever N."""
+    for name in updates[0]:
         yield name, torch.stack([update[name].cpu().double() for update in updates])
 
 
@@ -126,21 +179,12 @@ def like(values: Tensors, update: Tensors) -> Tensors:
 
 
 def weighted_sum(updates: list[Tensors], weights: list[float]) -> Tensors:
-    """Σ_k w_k θ_k for every tensor, one weight per update, none negative, not all 0 (else ValueError)."""
+    """Σ_k w_k θ_k for every tensor, one weight per update."""
     total = {}
-    check_weights(weights, updates)
     for name, t in stacked(updates):
         w = torch.tensor(weights, dtype=torch.float64).view(-1, *[1] * (t.dim() - 1))  # (N, 1, ...)
         total[name] = order_free_sum(w * t)
     return like(total, updates[0])
-
-
-def check_weights(weights: list[float], updates: list[Tensors], least: float = 0.0) -> None:
-    """Raises ValueError unless there is a finite weight of `least` or more for each update, and one above 0."""
-    if len(weights) != len(updates):
-        raise ValueError(f'{len(weights)} weights for {len(updates)} updates')
-    if not all(least <= w < math.inf for w in weights) or not sum(weights) > 0:
-        raise ValueError(f'weights {weights}: expected finite numbers above 0')
 
 
 def order_free_sum(t: torch.Tensor) -> torch.Tensor:
@@ -177,6 +221,16 @@ def median(updates: list[Tensors]) -> Tensors:
 def trust_average(updates: list[Tensors], W: torch.Tensor) -> list[Tensors]:
     """θ_i = Σ_j W_ij θ_j, one dict per user. W (N, N); W = 1/N is FedAvg, W = I is Local."""
     return [weighted_sum(updates, row) for row in W.tolist()]
+
+
+def trust_scores(c: SimpleNamespace, sent: dict[int, Tensors], ask: Callable) -> tuple[list[int], torch.Tensor]:
+    """(n users, S (n, n)): how good user i finds user j (PCL), by the strategy that c.trust names."""
+    if c.trust == 'weights':
+        return [*sent], weight_scores([*sent.values()])
+    if c.trust == 'validation':  # every user gets the others' updates and sends n numbers
+        return [*sent], validation_scores(torch.stack([row['ppl'] for row in ask('judge', [*sent], updates=sent).values()]))
+    told = ask('predict', [*sent], logits=True)
+    return [*told], prediction_scores([(top['ids'], top['values']) for top in told.values()], c.vocab_size)
 
 
 def trust_matrix(scores: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -217,20 +271,10 @@ def pairs(update: Tensors) -> list[str]:
     return [name[:-2] for name in update if name.endswith('.A')]
 
 
-def check_but_for_ranks(updates: list[Tensors], *numbers: list[float]) -> None:
-    """Raises ValueError unless all updates have the same LoRAs, of the same shapes but for the rank, and one number each."""
-    shapes = [{name: t.shape[name.endswith('.A')] for name, t in update.items()} for update in updates]  # in of A, out of B
-    for i, (update, shape) in enumerate(zip(updates, shapes)):
-        if shape != shapes[0] or any(len(update[n + '.A']) != update[n + '.B'].shape[1] for n in pairs(update)):
-            raise ValueError(f'update {i} has other tensors or shapes than update 0, or a LoRA whose A and B differ in rank')
-    if any(len(given) != len(updates) for given in numbers):
-        raise ValueError(f'{[len(given) for given in numbers]} weights or scalings for {len(updates)} updates')
-
-
 def truncate(update: Tensors, rank: int) -> Tensors:
     """The first `rank` components of every generalist: A[:r, :], B[:, :r]. Attention LoRAs have one rank for all."""
     return {
-        name: t if 'generalists' not in name else t[:rank] if name.endswith('.A') else t[:, :rank] for name, t in update.items()
+        name: t if not is_generalist(name) else t[:rank] if name.endswith('.A') else t[:, :rank] for name, t in update.items()
     }
 
 
@@ -238,7 +282,6 @@ def hetlora(updates: list[Tensors], scalings: list[float]) -> Tensors:
     """Ā = Σ_k p_k pad(A_k), B̄ = Σ_k p_k pad(B_k), zero-padded to the largest rank; p_k = |γ_k B_k A_k|_F / Σ_j |γ_j B_j A_j|_F
     for each LoRA, uniform if all are 0 (HetLoRA, 2401.06432; METHOD 2). A component that only some users have is diluted:
     its weights sum to less than 1. scalings: γ_k. A user takes `truncate(server, r_k)`."""
-    check_but_for_ranks(updates, scalings)
     server = {}
     for name in pairs(updates[0]):
         r_max = max(u[name + '.A'].shape[0] for u in updates)
@@ -255,7 +298,7 @@ def hetlora(updates: list[Tensors], scalings: list[float]) -> Tensors:
 def tail_norm(tensors: Tensors, rank: int, gamma: float) -> torch.Tensor | float:
     """Σ over generalists of |A[q:r, :]|_F |B[:, q:r]|_F, q = ⌊gamma r⌋: HetLoRA's penalty, and the measure of its pruning."""
     q, total = max(1, int(gamma * rank)), 0.0
-    for name in (n for n in pairs(tensors) if 'generalists' in n):
+    for name in filter(is_generalist, pairs(tensors)):
         total = total + tensors[name + '.A'][q:rank].norm() * tensors[name + '.B'][:, q:rank].norm()
     return total
 
@@ -263,13 +306,21 @@ def tail_norm(tensors: Tensors, rank: int, gamma: float) -> torch.Tensor | float
 def flora(updates: list[Tensors], weights: list[float], scalings: list[float]) -> Tensors:
     """B̄ = [B_1 ... B_N], Ā = [w_1 γ_1 A_1; ...; w_N γ_N A_N], so that B̄ Ā = Σ_k w_k γ_k B_k A_k exactly, whatever the ranks
     (FLoRA, 2409.05976). Rank Σ r_k, outer scale 1."""
-    check_but_for_ranks(updates, weights, scalings)
-    check_weights(weights, updates, least=1e-300)
     server = {}
     for name in pairs(updates[0]):
         server[name + '.A'] = torch.cat([w * g * u[name + '.A'] for u, w, g in zip(updates, weights, scalings)])
         server[name + '.B'] = torch.cat([u[name + '.B'] for u in updates], 1)
     return server
+
+
+def merge(base: GPT, stack: Tensors) -> None:
+    """FLoRA: the base gains Σ_k w_k γ_k B_k A_k, the product of `flora`. All users hold the same base: one addition stands for
+    theirs."""
+    weight, device = dict(base.named_parameters()), base.wte.weight.device
+    with torch.no_grad():
+        for name in pairs(stack):
+            merged = weight[name.replace('generalists.0.', '').removesuffix('.lora') + '.weight']
+            merged += (stack[name + '.B'] @ stack[name + '.A']).to(device)
 
 
 def flexlora(updates: list[Tensors], weights: list[float], scalings: list[float]) -> Tensors:
@@ -359,29 +410,3 @@ def consensus_loss(logits: torch.Tensor, psi: Predictions) -> torch.Tensor:
     if ids.shape[1] < log_p.shape[1]:
         loss = loss - (1 - target.sum(1)).clamp_min(0) * log_p.scatter(1, ids, -torch.inf).logsumexp(1)
     return loss.mean()
-
-
-# ---- between processes ---------------------------------------------------------------------------------------------
-def all_gather(tensors: Tensors, facts: object = None) -> list[tuple[Tensors, object]]:
-    """[(tensors, facts) of process 0, of process 1, ...], the same list in all of them; with one process its own.
-
-    Sent as safetensors and JSON, so nothing that arrives is ever executed. Ends this process if another one is gone."""
-    if not dist.is_initialized():
-        return [(tensors, facts)]
-    message = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    message['facts of this process'] = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
-    mine = torch.frombuffer(bytearray(save(message)), dtype=torch.uint8)
-    found = []
-    try:
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-        dist.all_gather(sizes, torch.tensor([len(mine)]))
-        for source, size in enumerate(sizes):  # in turn, because sizes differ
-            buffer = mine if source == dist.get_rank() else torch.empty(int(size), dtype=torch.uint8)
-            dist.broadcast(buffer, source)
-            found.append(load(buffer.numpy().tobytes()))
-    except RuntimeError as error:
-        sys.exit(
-            f'process {dist.get_rank()} of {dist.get_world_size()} has lost another one '
-            f'({str(error).splitlines()[0][:80]}): the last finished round is kept, continue with --resume'
-        )
-    return [(them, json.loads(them.pop('facts of this process').numpy().tobytes())) for them in found]

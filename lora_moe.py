@@ -14,7 +14,7 @@
 
 This equals Σ_j w_j MLP_j(x), where expert j is the whole MLP with its own LoRA on both linears, because F x is common to
 all experts and P is linear (METHOD 1.1; tests/test_lora_moe.py compares output and gradients with the plain sum, and
-bench.py times it against that sum).
+tools/bench.py times it against that sum).
 
 Shapes: N = B*T tokens, C = n_embd, E experts, K = min(top_k, E) active experts, r LoRA rank, L layers.
 The names of the tensors tell their roles, and with them what may leave a device:
@@ -29,6 +29,7 @@ import copy
 import hashlib
 import math
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -37,25 +38,29 @@ import torch.nn.functional as F
 
 from model import GPT, MLP, product_dtype
 
+ATTENTION_RANK = 8  # whatever the rank of the MLP LoRAs (METHOD 1.1)
+
+
+def scaling(alpha: float, rank: int) -> float:
+    """γ = alpha / sqrt(r): the rank-stabilised scaling of Kalajdzievski 2023, paper eq. (5). Plain LoRA has alpha / r, whose
+    updates shrink as the rank grows."""
+    return alpha / math.sqrt(rank)
+
 
 class LoRA(nn.Module):
-    """γ B A x with A (r, in), B (out, r), γ = alpha / sqrt(r): the rank-stabilised scaling of Kalajdzievski 2023, paper
-    eq. (5). Plain LoRA has alpha / r, whose updates shrink as the rank grows."""
+    """γ B A x with A (r, in), B (out, r)."""
 
     def __init__(self, n_in: int, n_out: int, rank: int, alpha: float):
         super().__init__()
         self.A = nn.Parameter(torch.empty(rank, n_in))
         self.B = nn.Parameter(torch.zeros(n_out, rank))
-        self.scaling = alpha / math.sqrt(rank)
+        self.scaling = scaling(alpha, rank)
 
     def add_to(self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | float = 1.0) -> torch.Tensor:
         """y + weight γ B A x for x (N, in), y (N, out), weight (N, 1) or a number. The scalars go on the narrow r columns
         and the sum into the second product: no pass over (N, out) of its own."""
         low = F.linear(x, self.A) * (weight * self.scaling)  # (N, r)
         return torch.addmm(y, low.to(y.dtype), self.B.t().to(y.dtype))
-
-    def extra_repr(self) -> str:
-        return f'rank={self.A.shape[0]}, scaling={self.scaling:.3f}'
 
 
 class LoRALinear(nn.Module):
@@ -171,6 +176,7 @@ class LoRAMoE(nn.Module):
         self.generalists = nn.ModuleList([Expert(mlp, rank, alpha) for _ in range(n_generalists)])
         self.specialists = nn.ModuleList([Expert(mlp, rank, alpha) for _ in range(n_experts - n_generalists)])
         self.top_k, self.routing_unit = min(top_k, n_experts), routing_unit
+        self.needs_earlier_tokens = routing_unit != 'token'
         # one expert needs no router; without one, the layer before decides, or if none does (router='mean') all count alike
         self.router = nn.Linear(self.c_fc.in_features, n_experts, bias=False) if routed and n_experts > 1 else None
 
@@ -267,6 +273,7 @@ def load_balance_loss(routing: list[Routing | None], kind: str) -> torch.Tensor 
 
 def add_lora(
     base: GPT,
+    *,
     n_experts: int,
     n_generalists: int,
     rank: int,
@@ -276,7 +283,6 @@ def add_lora(
     routing_unit: str = 'token',
     one_routing: bool = False,
     ghost_noise: int = 0,
-    attention_rank: int = 8,
 ) -> GPT:
     """A user's model: `base`'s own frozen weights, shared and not copied, under this user's LoRA and routers.
 
@@ -292,14 +298,29 @@ def add_lora(
     leaves = [m for m in base.modules() if not any(m.children())]  # frozen, so all users can have the same ones
     model = copy.deepcopy(base, {id(shared): shared for shared in leaves})
     for layer, block in enumerate(model.h):
-        block.attn.c_attn = LoRALinear(block.attn.c_attn, attention_rank, alpha)
-        block.attn.c_proj = LoRALinear(block.attn.c_proj, attention_rank, alpha)
+        block.attn.c_attn = LoRALinear(block.attn.c_attn, ATTENTION_RANK, alpha)
+        block.attn.c_proj = LoRALinear(block.attn.c_proj, ATTENTION_RANK, alpha)
         block.mlp = LoRAMoE(
             block.mlp, n_experts, n_generalists, rank, alpha, top_k, routed and (layer == 0 or not one_routing), routing_unit
         )
         if ghost_noise:
             block.ln_1, block.ln_2 = (nn.Sequential(ln, GhostNoise(ghost_noise)) for ln in (block.ln_1, block.ln_2))
     return model.to(base.wte.weight.device).eval()
+
+
+def shape_of(c: SimpleNamespace, i: int) -> dict:
+    """What `add_lora` is to build for user i, out of the configuration (after `fit`: an entry per user)."""
+    return dict(
+        n_experts=c.n_experts[i],
+        n_generalists=c.n_generalists,
+        rank=c.lora_rank[i],
+        alpha=c.lora_alpha,
+        top_k=c.top_k,
+        routed=c.router != 'mean',
+        routing_unit=c.routing_unit,
+        one_routing=c.one_routing,
+        ghost_noise=c.ghost_noise,
+    )
 
 
 def roles(model: GPT) -> dict[str, str]:

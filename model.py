@@ -2,25 +2,29 @@
 
 Follows the released GPT-2 exactly: learned positions, pre-LayerNorm, tanh-GELU, head tied to the token embedding
 (Radford et al. 2019; Hugging Face's GPT2LMHeadModel is the oracle in tests/test_model.py). No dropout: the base is
-never trained by the method, and pretrain.py does not need it. This file knows nothing of users or LoRA; lora_moe.py
+never trained by the method, and tools/pretrain.py does not need it. This file knows nothing of users or LoRA; lora_moe.py
 replaces `nn.Linear` and `MLP` modules inside a finished model. The one trace of that here: an MLP is given what the layer
 before decided and returns a pair (output, routing), so that routing is a value that flows and not a global.
 
 Three things here are not the plain formula, for speed on a frozen base: CrossEntropy, Attention on a CPU, and weights
-kept in bfloat16 (store_in_bf16). tests/test_model.py compares each with the plain one; bench.py measures them.
+kept in bfloat16 (store_in_bf16). tests/test_model.py compares each with the plain one; tools/bench.py measures them.
 
 Shapes: B sequences, T tokens per sequence, C = n_embd, V = vocab_size, H = n_head, N = B*T.
 """
 
+import contextlib
+import hashlib
 import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 HUB = {
     'gpt2': 'openai-community/gpt2',
@@ -110,6 +114,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    needs_earlier_tokens = False  # beyond the keys and values that a cache keeps of them
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
@@ -201,8 +207,7 @@ class GPT(nn.Module):
         if not temperature >= 0 or (top_k is not None and top_k < 1):
             raise ValueError(f'temperature {temperature} must be >= 0 and top_k {top_k} >= 1')
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
-        # routing by prefix or sequence needs the tokens before, not only their keys and values
-        cached = cached and all(getattr(block.mlp, 'routing_unit', 'token') == 'token' for block in self.h)
+        cached = cached and not any(block.mlp.needs_earlier_tokens for block in self.h)
         cache = [[] for _ in self.h] if cached else None
         for _ in range(max_new_tokens):
             if idx.shape[1] > self.config.n_positions:
@@ -228,6 +233,59 @@ def choose(logits: torch.Tensor, temperature: float, top_k: int | None, generato
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
 
 
+# ---- what a model is worth: perplexity of a whole stream (METHOD 0.3) ------------------------------------------------
+@torch.no_grad()
+def evaluate(model: GPT, tokens: np.ndarray, block_size: int, quiet: bool = False) -> dict:
+    """Mean cross-entropy of a whole stream and how its tokens were routed.
+
+    Every token but the first is predicted once, in non-overlapping windows of block_size (the last may be shorter), so no
+    sampling. Returns loss (nats per token, without load balancing), ppl = exp(loss), tokens, and for a model with routers
+    scores (L, E): mean softmax score of every expert in every layer, top1 (L, E): share of tokens whose best it is. A
+    terminal shows a bar if it takes long, unless quiet."""
+    n, total, scores, top1 = len(tokens) - 1, 0.0, None, None
+    batches = windows(tokens, block_size, model.wte.weight.device)
+    for x, y in tqdm(batches, desc='evaluate', delay=2, leave=False, disable=quiet or None):
+        loss, routing = model.loss(x, y)
+        total += loss.item() * y.numel()
+        if routing[0] is not None:
+            E = routing[0].probs.shape[1]
+            seen = torch.stack([r.probs.sum(0) for r in routing]).cpu().double()  # (L, E)
+            best = torch.stack([r.chosen[:, 0].bincount(minlength=E) for r in routing]).cpu().double()  # (L, E)
+            scores, top1 = (seen, best) if scores is None else (scores + seen, top1 + best)
+    return {
+        'loss': total / n,
+        'ppl': perplexity(total / n),
+        'tokens': n,
+        'scores': None if scores is None else (scores / n).tolist(),
+        'top1': None if top1 is None else (top1 / n).tolist(),
+    }
+
+
+def windows(tokens: np.ndarray, block_size: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A stream as batches of windows that do not overlap, and a last, shorter one: x, y (rows, T) each, y one token later."""
+    n = len(tokens) - 1
+    stream = torch.from_numpy(np.asarray(tokens).astype(np.int64)).to(device)
+    whole = n // block_size * block_size
+    x, y = stream[:whole].view(-1, block_size), stream[1 : whole + 1].view(-1, block_size)  # (windows, T) each
+    rows = max(1, (1024 if device.type == 'cpu' else 2**14) // block_size)  # at a time: activations in a CPU's cache
+    batches = [*zip(x.split(rows), y.split(rows))] if whole else []
+    return batches + [(stream[None, whole:n], stream[None, whole + 1 :])] if whole < n else batches
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats per token; inf where a float cannot hold it."""
+    return math.exp(loss) if loss < 709 else math.inf
+
+
+def fingerprint(model: GPT) -> str:
+    """SHA-256 over all weights: which base an adapter belongs to."""
+    digest = hashlib.sha256()
+    for name, p in sorted(model.state_dict().items()):
+        digest.update(name.encode() + p.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---- a base from the Hub or a file -----------------------------------------------------------------------------------
 def load_gpt(source: str) -> GPT:
     """A GPT-2 in float32 on the CPU, from one of
 
@@ -330,6 +388,12 @@ def from_hub(tensors: dict) -> dict:
         if not name.endswith(('.attn.bias', '.attn.masked_bias')) and name != 'lm_head.weight':
             ours[name] = t.t().contiguous() if name.endswith(TRANSPOSED) else t
     return ours
+
+
+# ---- how its numbers are held and multiplied -------------------------------------------------------------------------
+def autocast(device: torch.device | str, dtype: str) -> contextlib.AbstractContextManager:
+    """Products in bfloat16 if that is the dtype (the LoRAs, LayerNorms and the residual stream stay float32), else nothing."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16) if dtype == 'bfloat16' else contextlib.nullcontext()
 
 
 def store_in_bf16(model: GPT) -> None:

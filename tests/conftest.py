@@ -1,7 +1,6 @@
 """A tiny base and a tiny data set, written in the project's own formats, and train.py run inside this process; the table of
 reliability figures; and no test may look up a name that is not this machine's."""
 
-import hashlib
 import json
 import os
 import signal
@@ -18,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared'  # real text for offline checks; those tests skip where it is absent
 sys.path.insert(0, str(ROOT))
 
-import plot  # noqa: E402
+import train as train_file  # noqa: E402
+from data.stream import write_streams  # noqa: E402
 from model import GPT, GPTConfig, save_gpt  # noqa: E402
 
 LONG = os.environ.get('RELIABILITY') == 'long'  # the counts of `make reliability`, instead of a short form of every line
@@ -41,24 +41,9 @@ TINY = (
 
 def write_dataset(folder: Path, streams: list[dict], vocab_size: int = 257, tokenizer: str = 'bytes') -> Path:
     """streams: one {'train': tokens, 'valid': ..., 'test': ...} per user, in the layout that data/prepare.py writes."""
-    folder.mkdir(parents=True)
-    users = []
-    for i, user in enumerate(streams):
-        raw = {split: np.asarray(tokens).astype('<u2').tobytes() for split, tokens in user.items()}
-        for split, data in raw.items():
-            (folder / f'user{i}_{split}.bin').write_bytes(data)
-        n = {split: len(data) // 2 for split, data in raw.items()}
-        users.append(
-            {
-                'name': f'user {i}',
-                'tokens': n,
-                'bytes': n,
-                'documents': dict.fromkeys(n, 1),
-                'sha256': {s: hashlib.sha256(d).hexdigest() for s, d in raw.items()},
-            }
-        )
-    meta = {'dtype': '<u2', 'vocab_size': vocab_size, 'tokenizer': tokenizer, 'users': users, 'source': ['made up']}
-    (folder / 'meta.json').write_text(json.dumps(meta))
+    one_document = [{split: [tokens] for split, tokens in user.items()} for user in streams]
+    names = [f'user {i}' for i in range(len(streams))]
+    write_streams(folder, names, one_document, vocab_size, {'tokenizer': tokenizer, 'source': ['made up']})
     return folder
 
 
@@ -84,24 +69,18 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
 
 
 @pytest.fixture
-def train(tiny, tmp_path, monkeypatch):
-    """train(*args) runs train.py on the tiny base and data, here, and returns its final variables. Without draw the run's
-    pictures are left out, which take longer than its rounds."""
-    source = compile((ROOT / 'train.py').read_text(), str(ROOT / 'train.py'), 'exec')
+def train(tiny, tmp_path):
+    """train(*args) is train.main on the tiny base and data: its parts, and .out, the folder, and .lines of metrics.jsonl."""
 
-    def run(*args: str, out: str = 'run', short: bool = True, draw: bool = False) -> SimpleNamespace:
+    def run(*args: str, out: str = 'run', short: bool = True) -> SimpleNamespace:
         given = [f'--init_from={tiny.base}', f'--dataset={tiny.data}', f'--out_dir={tmp_path / out}', '--device=cpu']
-        monkeypatch.setattr(sys, 'argv', ['train.py', *given, *(TINY if short else ()), *args])
-        scope = {'__name__': '__main__', '__file__': str(ROOT / 'train.py'), '__doc__': 'train.py'}
         handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-        pictures, plot.run = plot.run, plot.run if draw else lambda out: None
         try:
-            exec(source, scope)
+            parts = train_file.main([*given, *(TINY if short else ()), *args])
         finally:  # Ctrl-C is pytest's again
-            plot.run = pictures
             for number, handler in handlers:
                 signal.signal(number, handler)
-        return SimpleNamespace(**scope, lines=read_metrics(tmp_path / out))
+        return SimpleNamespace(**vars(parts), out=tmp_path / out, lines=read_metrics(tmp_path / out))
 
     return run
 

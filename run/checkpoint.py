@@ -1,4 +1,4 @@
-"""The state of a run on disk: one file for every user that ever took part, and one for the round.
+"""The state of a run on disk, as sealed files: one for every user that ever took part, and one for the round.
 
     RUN/checkpoint/round-{t}.safetensors      a finished round t: the server's tensors, and facts
     RUN/checkpoint/user{i}-{t}.safetensors    user i at the end of round t, of the last that it took part in
@@ -18,7 +18,6 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load
@@ -83,41 +82,6 @@ def read(file: Path, prefix: str = '') -> tuple[dict[str, torch.Tensor], dict]:
 def part(tensors: dict, prefix: str) -> dict:
     """The tensors whose names begin with the prefix, without it."""
     return {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
-
-
-KEPT = ('rank', 'stacks_seen', 'expert_steps', 'router_steps')  # of a user, beside its tensors
-
-
-def save_user(file: Path, user: SimpleNamespace) -> None:
-    """All that a user is between two rounds: adapter, Adam's moments, what the server or other users gave it alone."""
-    tensors = {f'adapter/{name}': p for name, p in user.adapter.items()}
-    tensors |= {f'grad/{name}': p.grad for name, p in user.adapter.items() if p.grad is not None}  # of leak_gradients
-    tensors |= {f'download/{name}': v for name, v in user.download.items()}
-    tensors |= {f'pseudo_labels/{i}': v for i, v in enumerate(user.pseudo_labels or ())}
-    for which in ('expert_opt', 'router_opt'):
-        states = getattr(user, which).state_dict()['state'] if getattr(user, which) else {}
-        tensors |= {f'{which}/{i}/{key}': v for i, state in states.items() for key, v in state.items()}
-    save(file, tensors, {name: getattr(user, name) for name in KEPT})
-
-
-def restore_user(file: Path, user: SimpleNamespace) -> None:
-    """The user as `save_user` wrote it. Raises ValueError if the file cannot be read."""
-    tensors, facts = read(file)
-    vars(user).update(facts, download=part(tensors, 'download/'))
-    with torch.no_grad():
-        for name, v in part(tensors, 'adapter/').items():
-            user.adapter[name].copy_(v)
-    for name, v in part(tensors, 'grad/').items():
-        user.adapter[name].grad = v.to(user.adapter[name].device)
-    labels, device = part(tensors, 'pseudo_labels/'), next(iter(user.adapter.values())).device
-    user.pseudo_labels = [labels[i].to(device) for i in sorted(labels)] or None
-    for which in ('expert_opt', 'router_opt'):
-        states = {}
-        for key, v in part(tensors, which + '/').items():
-            i, name = key.split('/')
-            states.setdefault(int(i), {})[name] = v
-        if getattr(user, which):
-            getattr(user, which).load_state_dict({**getattr(user, which).state_dict(), 'state': states})
 
 
 def user_file(folder: Path, i: int, t: int) -> Path:

@@ -1,0 +1,106 @@
+"""A PEFT LoRA adapter as the start of a run (--init_adapter). tools/export.py writes such adapters, with the names below."""
+
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+
+import torch
+
+from federate import Tensors, pairs
+from lora_moe import scaling
+from model import read_tensors
+
+IN_PEFT = r'base_model\.model\.transformer\.(h\.\d+\.(?:attn|mlp)\.\w+)\.lora_([AB])\.weight'
+# of an adapter's configuration: what does not change the meaning of its tensors, or is read below
+UNDERSTOOD = """peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r lora_alpha
+    target_modules exclude_modules layers_to_transform layers_pattern lora_dropout fan_in_fan_out use_rslora init_lora_weights
+    rank_pattern alpha_pattern megatron_core qalora_group_size eva_config""".split()
+
+
+def plain(name: str) -> tuple[str | None, str]:
+    """Our name of a LoRA tensor -> (its expert, None for attention; the name in a model that has this expert alone):
+    h.0.mlp.specialists.1.c_fc.A -> specialist-1, h.0.mlp.c_fc.A; h.0.attn.c_attn.lora.A -> None, h.0.attn.c_attn.A."""
+    found = re.fullmatch(r'(h\.\d+\.mlp\.)(generalist|specialist)s\.(\d+)\.(.+)', name)
+    return (f'{found[2]}-{found[3]}', found[1] + found[4]) if found else (None, name.replace('.lora.', '.'))
+
+
+def read_peft(folder: Path, fresh: Tensors, alpha: float) -> tuple[Tensors, str]:
+    """A PEFT LoRA adapter of GPT-2 in our names, shapes and scaling, and the SHA-256 of its files.
+
+    fresh: {name: first value} of the generalists and attention LoRAs to fill, A (R, in) and B (out, R). Each becomes the
+    adapter's: its alpha / r, or alpha / sqrt(r) with use_rslora, goes into B, over our alpha / sqrt(R). For r < R the other
+    components keep A as it starts and have B = 0, so they change nothing and can learn. All generalists get the same; what
+    attention the adapter lacks is not returned. Raises ValueError, one line, for all that this would not give exactly."""
+    raw, config = read_config(folder)
+    given, filled = tensors_of(folder, {plain(name)[1] for name in fresh}), {}
+    kinds = {'mlp.c_fc', 'mlp.c_proj', *(name[:-2].split('.', 2)[2] for name in given)}
+    for name in pairs(fresh):
+        short = plain(name + '.A')[1][:-2]  # h.0.mlp.c_fc
+        if short.split('.', 2)[2] not in kinds:
+            continue
+        for factor in (short + '.A', short + '.B'):
+            if factor not in given:
+                raise ValueError(f'{folder} has no {factor}: expected LoRA on mlp.c_fc and mlp.c_proj, and alike on all layers')
+        A, B, start, r = given[short + '.A'], given[short + '.B'], fresh[name + '.A'], setting(folder, config, short, 'r')
+        n_out, R = fresh[name + '.B'].shape
+        if A.shape != (r, start.shape[1]) or B.shape != (n_out, r):
+            raise ValueError(
+                f'{folder}: {short} has A {tuple(A.shape)} and B {tuple(B.shape)}, expected {(r, start.shape[1])} and '
+                f'{(n_out, r)}: is it an adapter of this base?'
+            )
+        if r > R:
+            fix = 'raise --lora_rank' if '.mlp.' in short else 'train it with a rank_pattern for attention'
+            raise ValueError(f'{folder}: {short} has rank {r}, here it can have {R}: {fix}')
+        theirs = setting(folder, config, short, 'lora_alpha') / (math.sqrt(r) if config.get('use_rslora') else r)
+        A = torch.cat((A.float(), start[r:]))  # (R, in)
+        B = torch.cat((B * (theirs / scaling(alpha, R)), B.new_zeros(n_out, R - r)), 1).float()  # (out, R)
+        if not A.isfinite().all() or not B.isfinite().all():
+            raise ValueError(f'{folder}: {short} has numbers that are not finite')
+        filled |= {name + '.A': A, name + '.B': B}
+    return filled, hashlib.sha256(raw + (folder / 'adapter_model.safetensors').read_bytes()).hexdigest()
+
+
+def read_config(folder: Path) -> tuple[bytes, dict]:
+    """adapter_config.json as bytes and as a dict. Raises ValueError for all that is more than LoRA on linears."""
+    if not (folder / 'adapter_model.safetensors').exists() and (folder / 'adapter_model.bin').exists():
+        raise ValueError(f'{folder}/adapter_model.bin is a pickle, which may run code: save it with PEFT as safetensors')
+    try:
+        raw = (folder / 'adapter_config.json').read_bytes()
+        config = json.loads(raw)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f'{folder} is no PEFT adapter: adapter_config.json cannot be read ({error})') from None
+    if not isinstance(config, dict) or config.get('peft_type') != 'LORA':
+        raise ValueError(f"{folder}/adapter_config.json: expected an adapter of peft_type 'LORA'")
+    for key, value in config.items():
+        if key not in UNDERSTOOD and value not in (None, False, 'none', '', [], {}):
+            raise ValueError(f'{folder}: {key}={value!r} is more than LoRA on linears, which is all that can be read here')
+    if config.get('init_lora_weights', True) not in (True, False, None, 'gaussian', 'eva', 'orthogonal'):
+        raise ValueError(f'{folder}: init_lora_weights={config["init_lora_weights"]!r} changes the base: save it converted')
+    return raw, config
+
+
+def setting(folder: Path, config: dict, module: str, key: str) -> float:
+    """'r' or 'lora_alpha' of one module: of the first pattern that its name ends with, as in PEFT, or the adapter's own."""
+    patterns = {'r': 'rank_pattern', 'lora_alpha': 'alpha_pattern'}[key]
+    try:
+        found = [v for k, v in (config.get(patterns) or {}).items() if re.match(rf'(.*\.)?({k})$', f'transformer.{module}')]
+    except (AttributeError, RuntimeError, OverflowError, re.error):
+        raise ValueError(f'{folder}: {patterns} is not {{name: number}}') from None
+    value = [*found, config.get(key)][0]
+    if type(value) not in (int, float) or not 0 < value < 1e30:
+        raise ValueError(f'{folder}: {key} of {module} is {value!r}, expected a number above 0')
+    return value
+
+
+def tensors_of(folder: Path, places: set[str]) -> Tensors:
+    """The adapter's tensors in float64, by the names of a model with one expert. Raises ValueError for one without a place."""
+    given = {}
+    for name, t in read_tensors(folder / 'adapter_model.safetensors')[0].items():
+        found = re.fullmatch(IN_PEFT, name)
+        short = f'{found[1]}.{found[2]}' if found else None
+        if short not in places:
+            raise ValueError(f'{folder}: there is no place for {name}: expected LoRA on the linears of attention and MLP')
+        given[short] = t.double()
+    return given

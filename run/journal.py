@@ -1,0 +1,270 @@
+"""The folder of a run, what is written into it, and what is shown while it runs.
+
+    config.json      every switch in effect, versions, git commit, names of the users
+    metrics.jsonl    one object a line, written as it happens: {"kind": ..., "round": ..., ...}
+                       train, router  a step of a user: loss and ppl in nats per token, without load balancing; lb; lr
+                       eval           perplexity of a user on a split, and the mean router score of every expert in every layer
+                       comm           bytes of a user, up and down, in a round
+                       trust          who trusted whom; refused: whose messages were not used; fusion: FDLoRA's weights
+                     no clock in it: the same run writes the same bytes
+    checkpoint/      a file for each user and one for the round (run/checkpoint.py), of the last round and the one before it
+    adapters/        user{i}.safetensors; server.safetensors where there is one model for all: tensors named by role
+    summary.json     the result
+    eval.json, routing.html, plot.png, trust.png    by eval.py, tools/routing.py and tools/plot.py, if asked for
+
+A folder with a run in it is refused unless --resume or --overwrite is given. In a terminal a bar shows the time left and
+perplexity; a log file gets a line every round, and one a minute within it; with --quiet there is the final table only."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from configurator import cell, die, mean
+from federate import Tensors, n_bytes, truncate
+from model import GPT, autocast, evaluate
+from run import checkpoint, processes
+from run.checkpoint import write_atomically
+from user import User
+
+FREE = ('out_dir', 'resume', 'overwrite', 'device', 'init_from', 'init_adapter', 'dataset', 'quiet')  # --resume may change them
+
+
+def stop_on_signals(out_dir: str) -> None:
+    """SIGINT, SIGTERM: the process ends at once. Every finished round is on disk, --resume does the interrupted one again."""
+
+    def stop(number: int, _) -> None:
+        name = signal.Signals(number).name
+        tqdm.write(f'train.py: {name}: the last finished round is kept in {out_dir}, continue with --resume', file=sys.stderr)
+        sys.exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+class Journal:
+    def __init__(self, c: SimpleNamespace):
+        """Dies if the folder cannot be this run's, before anything is read or written."""
+        self.c, self.out, self.folder, self.began_main = c, Path(c.out_dir), Path(c.out_dir, 'checkpoint'), time.time()
+        self.hidden = c.quiet or processes.rank() > 0  # neither lines nor bars of this process are shown
+        self.start, self.t, self.kept = 0, -1, 0  # first round to do; the current one; bytes of metrics.jsonl that are kept
+        self.pending, self.results, self.losses, self.bar = [], {}, [], None
+        self.clock = {'seconds': 0.0, 'training': 0.0, 'bytes_up': 0, 'bytes_down': 0, 'steps': 0, 'checkpoints': 0.0}
+        try:
+            if self.out.exists() and not self.out.is_dir():
+                die(f'--out_dir={c.out_dir} is a file: give a folder')
+            if c.resume and not checkpoint.rounds(self.folder):
+                die(f'--resume: {c.out_dir} has no checkpoint; start without --resume')
+            if (self.out / 'config.json').exists() and not (c.resume or c.overwrite):
+                state = 'a finished run' if (self.out / 'summary.json').exists() else 'an unfinished run'
+                how = '--resume to continue it, --overwrite to replace it, or another --out_dir'
+                die(f'{c.out_dir} already holds {state}: give {how}')
+        except OSError as error:
+            die(f'cannot look into --out_dir={c.out_dir}: {error.strerror}')
+
+    # ---- the folder --------------------------------------------------------------------------------------------------
+    def resume(self, identity: dict) -> tuple[Tensors, dict]:
+        """(tensors, facts) of the last finished round, once all its files and all lines up to it have been read. Dies if the
+        base, the data or a switch that shapes the numbers is another."""
+        try:
+            self.start = checkpoint.rounds(self.folder)[-1]
+            try:
+                tensors, facts = checkpoint.check(self.folder, self.start)
+            except ValueError as error:
+                file, before = checkpoint.round_file(self.folder, self.start), self.start - 1
+                checkpoint.check(self.folder, before)
+                die(f'--resume: {error}; round {before} is intact: delete {file}, and --resume continues after it')
+            changed = [key for key in identity if facts['identity'].get(key) != identity[key]]
+            if changed:
+                die(f'--resume: {self.out} was made with another {", ".join(changed)}; use the same, or another --out_dir')
+            with open(self.out / 'metrics.jsonl', 'rb') as f:
+                so_far = f.read(facts['metrics_bytes'])
+            if len(so_far) < facts['metrics_bytes']:
+                raise ValueError(f'{self.out}/metrics.jsonl has lost lines')
+            for line in so_far.splitlines():
+                self.note(json.loads(line))
+            self.clock, self.kept, self.t = facts['clock'], len(so_far), self.start - 1
+        except (OSError, ValueError, KeyError) as error:
+            die(f'--resume: {error}: start again with --overwrite')
+        return tensors, facts
+
+    def open(self, effective: dict, identity: dict, names: list[str], tested: list[int]) -> None:
+        """Begins to write. effective: what config.json has to say; identity: what --resume compares; names: of the users;
+        tested: whose text the perplexities are of."""
+        self.identity, self.names, self.tested = identity, names, tested
+        processes.all_gather()  # all have checked and read before anything is written
+        try:
+            if processes.rank() == 0 and self.c.resume:
+                os.truncate(self.out / 'metrics.jsonl', self.kept)  # lines of a round that was not finished are run again
+            elif processes.rank() == 0:
+                self.clear()
+                versions = {'python': sys.version.split()[0], 'torch': torch.__version__, 'numpy': np.__version__}
+                effective |= {'versions': versions, 'git_commit': git_commit()}
+                write_atomically(self.out / 'config.json', lambda file: file.write_text(json.dumps(effective, indent=1)))
+        except OSError as error:
+            die(f'cannot write to --out_dir={self.c.out_dir}: {error.strerror}')
+        processes.all_gather()
+        self.metrics = open(self.out / 'metrics.jsonl', 'ab', buffering=0) if processes.rank() == 0 else None
+        self.began_rounds = time.time()
+        self.began = self.began_rounds - self.clock['seconds']
+
+    def clear(self) -> None:
+        """The folder without an earlier run: what makes one of it goes first."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.out / 'adapters').mkdir(exist_ok=True)
+        for old in (
+            self.out / 'summary.json',
+            *self.folder.glob('round-*'),
+            self.out / 'metrics.jsonl',
+            *(self.out / f'{picture}.{kind}' for picture in ('plot', 'trust') for kind in ('png', 'svg')),
+            *self.folder.iterdir(),
+            *self.out.glob('adapters/*.safetensors'),
+            *self.out.glob('tensorboard/events.*'),
+        ):
+            old.unlink(missing_ok=True)
+
+    def facts(self) -> dict:
+        """What the round's file keeps of the journal."""
+        self.clock['seconds'] = time.time() - self.began
+        return {'metrics_bytes': self.metrics.tell(), 'clock': self.clock, 'identity': self.identity}
+
+    # ---- lines -------------------------------------------------------------------------------------------------------
+    def log(self, kind: str, values: dict) -> None:
+        """One line of metrics.jsonl, about one user or, from process 0, about the round. Alone, a process puts it on disk at
+        once; together with others it waits for `publish`. Ends the process where training has diverged."""
+        if 'user' in values or processes.rank() == 0:
+            self.pending.append({'kind': kind, 'round': self.t + 1, **values})
+        if processes.world() == 1:
+            self.publish()
+        if kind in ('train', 'router'):
+            self.clock['training'] += time.time() - self.mark
+            self.resumes_training()
+        if kind == 'train':
+            self.show_step(values['user'], values['loss'])
+            if not math.isfinite(values['loss']):
+                sys.exit(
+                    f'user {values["user"]} ({self.name(values["user"])}): the training loss is {values["loss"]} at step '
+                    f'{values["step"]}: lower --expert_lr; the last finished round is kept in {self.folder}'
+                )
+
+    def resumes_training(self) -> None:
+        self.mark = time.time()
+
+    def publish(self) -> None:
+        """Every process's new lines, in order of users, into metrics.jsonl (process 0) and what they say into `results`
+        (all)."""
+        lines = [line for _, theirs in processes.all_gather({}, self.pending) for line in theirs]
+        self.pending = []
+        lines.sort(key=lambda line: line.get('user', -1))
+        for line in lines:
+            self.note(line)
+        if processes.rank() == 0 and lines:
+            try:
+                self.metrics.write(''.join(json.dumps(line) + '\n' for line in lines).encode())
+            except OSError as error:
+                checkpoint.cannot_write(self.out / 'metrics.jsonl', error)
+
+    def note(self, line: dict) -> None:
+        """What a run must know of all its users later."""
+        if line['kind'] == 'eval':
+            self.results.setdefault(line['when'], {})[line['user']] = line['ppl']
+        elif line['kind'] == 'comm':
+            for key in ('bytes_up', 'bytes_down'):
+                self.clock[key] += line[key]
+        elif line['kind'] in ('train', 'router'):
+            self.clock['steps'] += 1
+            self.losses += [line['loss']] if line['kind'] == 'train' else []
+
+    def test(self, user: User, when: str, model: GPT | None = None, **at: int) -> None:
+        """The perplexity of the user's model (or another) on the whole test split of the user (of everybody, if pooled), which
+        nothing else reads, and the mean score of every expert in every layer (L, E) there, if it has routers."""
+        for i, tokens in user.tests.items():
+            with autocast(user.device, self.c.dtype):
+                result = evaluate(model or user.model, tokens, self.c.block_size, self.hidden)
+            seen = {key: result[key] for key in ('loss', 'ppl', 'scores') if result[key] is not None}
+            self.log('eval', {'step': user.expert_steps, 'user': i, 'split': 'test', 'when': when, **seen, **at})
+        self.resumes_training()
+
+    def of_all(self, when: str) -> list[float | None]:
+        """Perplexity of every tested user at its last evaluation of that kind, None if there was none."""
+        return [self.results.get(when, {}).get(i) for i in self.tested]
+
+    # ---- what is shown -----------------------------------------------------------------------------------------------
+    def rounds(self, fleet) -> Iterator[int]:
+        """t = 0, 1, ... of the rounds that are still to be done, with a bar, and what came out after each."""
+        c, everybody = self.c, len(self.names) == fleet.N
+        self.fleet, steps = fleet, fleet.n_present * c.local_steps
+        self.say(
+            f'{c.method} on {c.dataset} ({c.target}): {fleet.N} users'
+            + f', {fleet.n_present} a round' * (fleet.n_present < fleet.N)
+            + f', {sum(p.numel() for p in fleet.base.parameters()):,} frozen parameters, '
+            f'{n_bytes(truncate(fleet.asked, c.lora_rank[0])):,} bytes of LoRA up per user and round (user 0), '
+            f'{c.device} {c.dtype}' + f', {processes.world()} processes' * (processes.world() > 1)
+        )
+        self.bar = tqdm(
+            total=c.rounds * steps, initial=self.start * steps, unit='step', smoothing=0.05, disable=self.hidden or None
+        )
+        self.told = time.time()
+        for self.t in range(self.start, c.rounds):
+            self.done, self.losses = 0, []  # expert steps of this process's users in this round
+            yield self.t
+            self.bar.update((self.t + 1) * steps - self.bar.n)  # steps of other processes, and of who failed
+            self.show_round()
+            ppl = self.of_all('local')
+            if mean(ppl) is not None and ((self.t + 1) % c.eval_every == 0 or self.t + 1 == c.rounds):
+                each = '  '.join(f'{name} {cell(p)}' for name, p in zip(self.names, ppl))
+                some = f'{cell(mean(ppl))} (mean of {sum(p is not None for p in ppl)} users)'
+                few = everybody and len(ppl) == len(self.names) <= 8
+                self.say(f'round {self.t + 1:3}/{c.rounds}  test perplexity {each if few else some}')
+        self.bar.close()
+        self.seconds_per_round = (time.time() - self.began_rounds) / max(1, c.rounds - self.start)
+
+    def say(self, text: str) -> None:
+        """A line, above the bar where there is one, and at once where stdout is a file."""
+        if not self.hidden:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def show_step(self, i: int, loss: float) -> None:
+        self.done += 1
+        self.bar.update()
+        if not self.bar.disable:
+            ppl = cell(mean(self.of_all('local')))
+            self.bar.set_postfix({'round': self.t + 1, 'user': self.name(i), 'loss': f'{loss:.3f}', 'test ppl': ppl})
+        elif time.time() - self.told > 60:
+            self.show_round()
+
+    def show_round(self) -> None:
+        """Where no terminal shows the bar, such as in a log file, a line instead. The loss is the mean over the steps known."""
+        self.told, c = time.time(), self.c
+        if self.bar.disable and not self.hidden:
+            users = len(self.fleet.here)
+            part = min(1.0, self.done / max(1, users * c.local_steps))
+            left = (self.told - self.began_rounds) / (self.t - self.start + part) * (c.rounds - self.t - part)  # seconds
+            known = self.losses + [line['loss'] for line in self.pending if line['kind'] == 'train']
+            self.say(
+                f'round {self.t + 1:3}/{c.rounds}  {self.done // c.local_steps}/{users} users'
+                + ' of process 0' * (processes.world() > 1)
+                + f'  train loss {cell(mean(known))}  {tqdm.format_interval(left)} left'
+            )
+
+    def name(self, i: int) -> str:
+        return 'all' if self.c.pooled else self.names[i]
+
+
+def git_commit() -> str:
+    command = ['git', 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, cwd=Path(__file__).parent).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ''

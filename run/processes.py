@@ -1,0 +1,74 @@
+"""One process, or several under torchrun: who this one is, and how they tell each other tensors and facts.
+
+The environment is read when it is asked for, so importing this decides nothing."""
+
+import datetime
+import json
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load, save
+
+from federate import Tensors
+
+
+def rank() -> int:
+    return int(os.environ.get('RANK', 0))
+
+
+def world() -> int:
+    return int(os.environ.get('WORLD_SIZE', 1))
+
+
+def start() -> None:
+    if world() > 1:  # who dies closes its connections, and the others notice at once
+        dist.init_process_group('gloo', timeout=datetime.timedelta(days=7))
+
+
+def end() -> None:
+    """The others' part of the run ends here, before process 0 reports."""
+    if world() > 1:
+        dist.destroy_process_group()
+    if rank() > 0:
+        sys.exit()
+
+
+def all_gather(tensors: Tensors | None = None, facts: object = None) -> list[tuple[Tensors, object]]:
+    """[(tensors, facts) of process 0, of process 1, ...], the same list in all of them; with one process its own.
+
+    Sent as safetensors and JSON, so nothing that arrives is ever executed. Ends this process if another one is gone."""
+    tensors = tensors or {}
+    if world() == 1:
+        return [(tensors, facts)]
+    message = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    message['facts of this process'] = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
+    mine = torch.frombuffer(bytearray(save(message)), dtype=torch.uint8)
+    found = []
+    try:
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world())]
+        dist.all_gather(sizes, torch.tensor([len(mine)]))
+        for source, size in enumerate(sizes):  # in turn, because sizes differ
+            buffer = mine if source == rank() else torch.empty(int(size), dtype=torch.uint8)
+            dist.broadcast(buffer, source)
+            found.append(load(buffer.numpy().tobytes()))
+    except RuntimeError as error:
+        sys.exit(
+            f'process {rank()} of {world()} has lost another one '
+            f'({str(error).splitlines()[0][:80]}): the last finished round is kept, continue with --resume'
+        )
+    return [(them, json.loads(them.pop('facts of this process').numpy().tobytes())) for them in found]
+
+
+def gather(mine: dict[int, Tensors]) -> dict[int, Tensors]:
+    """{user: tensors} of all processes, in order of users. mine: those of the users in memory here."""
+    if world() == 1:
+        return mine
+    flat, found = {f'{i} {name}': v for i, own in mine.items() for name, v in own.items()}, {}
+    for tensors, ids in all_gather(flat, [*mine]):
+        found |= {i: {} for i in ids}
+        for key, v in tensors.items():
+            i, name = key.split(' ', 1)
+            found[int(i)][name] = v
+    return dict(sorted(found.items()))

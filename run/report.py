@@ -1,0 +1,139 @@
+"""What came out: the last evaluations, adapters/, summary.json and the table that a run ends with."""
+
+import dataclasses
+import json
+import resource
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from configurator import mean, table
+from federate import ONE_MODEL, Tensors, truncate
+from lora_moe import ATTENTION_RANK, scaling
+from model import autocast, evaluate, load_gpt, perplexity
+from run import checkpoint, processes
+from run.checkpoint import write_atomically
+from run.fleet import Fleet
+from run.journal import Journal
+
+
+def report(c: SimpleNamespace, fleet: Fleet, journal: Journal, server: Tensors) -> dict:
+    """Evaluates the tested users, writes the files. Returns summary.json; ends all processes but the first."""
+    ids = [0] if c.pooled else fleet.tested
+    users = [*fleet.wake(ids)]
+    for user in users if c.aggregate == 'fdlora' and c.rounds else ():
+        w1, w2 = user.fuse(server)
+        journal.log('fusion', {'step': user.expert_steps, 'user': user.id, 'own': w1, 'mean': w2})
+        journal.test(user, 'fused')
+    journal.publish()
+    for user in users:  # what choices between runs may look at
+        with autocast(user.device, c.dtype):
+            result = evaluate(user.model, user.data['valid'], c.block_size, journal.hidden)
+        at = {'step': user.expert_steps, 'user': user.id, 'split': 'valid', 'when': 'final'}
+        journal.log('eval', {**at, 'loss': result['loss'], 'ppl': result['ppl']})
+    journal.publish()
+    save_adapters(c, fleet, journal, server)
+    original = fleet.base  # and the base as it was before training
+    if c.aggregate == 'flora':
+        original = load_gpt(c.init_from).to(c.device)
+        server = fleet.merge(server)
+    for user in users if fleet.start and c.rounds else ():  # the same users once more, after the last aggregation
+        user.receive(server, journal.t, fleet.stacks)
+        journal.test(user, 'aggregated')
+    journal.publish()
+    for user in users:
+        journal.test(user, 'pretrained', original, round=0, step=0)
+    journal.publish()
+    trainable = processes.gather({user.id: {'n': torch.tensor(user.trainable)} for user in users})
+    processes.end()
+    journal.metrics.close()
+    summary = summarise(c, fleet, journal, [own['n'].item() if c.rounds else 0 for own in trainable.values()])
+    write_atomically(journal.out / 'summary.json', lambda file: file.write_text(json.dumps(summary, indent=1)))
+    show(c, journal, summary)
+    return summary
+
+
+def save_adapters(c: SimpleNamespace, fleet: Fleet, journal: Journal, server: Tensors) -> None:
+    """Each user's own tensors, and the server's, with what a reader needs to rebuild the model around them."""
+    here, folder = {user.id: user.adapter for user in fleet.here}, journal.out / 'adapters'
+    for i in sorted({*fleet.last_round, *([0] if c.pooled else fleet.tested)})[processes.rank() :: processes.world()]:
+        facts = {
+            'user': i,
+            'name': journal.name(i),
+            'base': c.init_from,
+            'base_sha256': journal.identity['base'],
+            'method': c.method,
+            'n_experts': c.n_experts[i],
+            'n_generalists': c.n_generalists,
+            'rank': c.lora_rank[i],
+            'attention_rank': ATTENTION_RANK,
+            'alpha': c.lora_alpha,
+            'scaling': scaling(c.lora_alpha, c.lora_rank[i]),
+            'top_k': c.top_k,
+            'router': c.router,
+            'round': fleet.last_round.get(i, 0),
+        }
+        own = here[i] if i in here else checkpoint.read(fleet.file(i), 'adapter/')[0]
+        checkpoint.save(folder / f'user{i}.safetensors', own, {}, **{key: str(value) for key, value in facts.items()})
+    if c.aggregate in ONE_MODEL and processes.rank() == 0:
+        both = {'base': c.init_from, 'round': str(c.rounds)}
+        checkpoint.save(folder / 'server.safetensors', fleet.model_for_all(server), {}, **both)
+    if c.aggregate == 'flora' and processes.rank() == 0:  # as the last round began with it
+        shape = json.dumps(dataclasses.asdict(fleet.base.config))
+        checkpoint.save(folder / 'base.safetensors', fleet.base.state_dict(), {}, gpt_config=shape)
+
+
+def summarise(c: SimpleNamespace, fleet: Fleet, journal: Journal, trainable: list[int]) -> dict:
+    """summary.json: perplexities of the tested users, sizes, bytes of all rounds, seconds."""
+    clock, users = journal.clock, fleet.texts.meta['users']
+    ppl = journal.of_all('pretrained' if c.rounds == 0 else 'fused' if c.aggregate == 'fdlora' else 'local')
+    aggregated = journal.of_all('aggregated')
+    n_tokens = [1 if c.target == 'mixture' else users[i]['tokens']['test'] - 1 for i in journal.tested]
+    step_tokens = c.batch_size * (len(users) if c.pooled else 1) * c.block_size
+    shared = sum(v.numel() for v in truncate(fleet.asked, c.lora_rank[0]).values())
+    return {
+        'method': c.method,
+        'dataset': c.dataset,
+        'target': c.target,
+        'seed': c.seed,
+        'rounds': c.rounds,
+        'users': [users[i]['name'] for i in journal.tested],
+        'user_ids': journal.tested,
+        'mean_test_ppl': mean(ppl),
+        'test_ppl': ppl,
+        'pretrained_test_ppl': journal.of_all('pretrained'),
+        'aggregated_test_ppl': aggregated if fleet.start and c.rounds else None,
+        'mean_aggregated_test_ppl': mean(aggregated),
+        # exp of the mean loss over all test tokens: what a model of pooled text is scored by elsewhere, below the mean of users
+        'pooled_test_ppl': None if None in ppl else perplexity(np.average(np.log(ppl), weights=n_tokens)),
+        'mean_valid_ppl': mean([*journal.results['final'].values()]),
+        'valid_ppl': [*journal.results['final'].values()],
+        'trainable_params': trainable,
+        'shared_params': shared if c.rounds else 0,
+        'bytes_up': clock['bytes_up'],
+        'bytes_down': clock['bytes_down'],
+        'seconds': time.time() - journal.began,
+        'startup_seconds': journal.began_rounds - journal.began_main,  # from here, after the imports
+        'seconds_per_round': journal.seconds_per_round,
+        'checkpoint_seconds': clock['checkpoints'] / max(1, c.rounds),  # of a round
+        'tokens_per_second': clock['steps'] * step_tokens / clock['training'] if clock['steps'] else None,
+        'peak_rss_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024),
+    }
+
+
+def show(c: SimpleNamespace, journal: Journal, summary: dict) -> None:
+    """The final table, and where everything is."""
+    columns = {'pretrained': summary['pretrained_test_ppl'], c.method: summary['test_ppl']}
+    columns |= {'after aggregation': summary['aggregated_test_ppl'] or []}
+    columns = {name: column for name, column in columns.items() if mean(column) is not None}  # of a few tested, perhaps nobody
+    rows = [[name, *row] for name, row in zip(summary['users'], zip(*columns.values()))]
+    last_row = [f'mean of {len(rows)}' if len(rows) > 20 else 'mean', *map(mean, columns.values())]
+    print(table(['test perplexity', *columns], [*(rows if len(rows) <= 20 else ()), last_row]))
+    out = journal.out
+    journal.say(
+        f'{summary["seconds"]:.0f} s; wrote {out}/summary.json, metrics.jsonl, config.json, checkpoint/, adapters/; '
+        f'curves: python tools/plot.py run {out}'
+    )
