@@ -165,8 +165,8 @@ def list_methods() -> str:
         experts, generalists, attention, router, trained_on, aggregate, rank = row
         gate = f'{router}, {trained_on}' if router == 'learned' else router
         shared = f'{generalists}{" + attention" * attention}'
-        lines.append([name, where.replace('T', 'Table '), gate, aggregate, shared, what, experts, rank])
-    return table(['--method', 'paper', 'router', 'combined by', 'generalists', 'what it is', 'experts', 'rank'], lines, left=6)
+        lines.append([name, where.replace('T', 'Table '), experts, rank, gate, shared, aggregate, what])
+    return table(['--method', 'paper', 'experts', 'rank', 'router', 'generalists', 'rule', 'what it is'], lines, left=8)
 
 
 # ---- what other commands share -------------------------------------------------------------------------------------

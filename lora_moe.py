@@ -160,25 +160,14 @@ class LoRAMoE(nn.Module):
     routing_unit is what one decision covers (METHOD 3.1): 'token'; 'prefix', the mean of the router's inputs up to and
     including the token, causal; 'sequence', their mean over the window, which looks ahead."""
 
-    def __init__(
-        self,
-        mlp: MLP,
-        n_experts: int,
-        n_generalists: int,
-        rank: int,
-        alpha: float,
-        top_k: int,
-        routed: bool,
-        routing_unit: str = 'token',
-    ):
+    def __init__(self, mlp: MLP, experts: list[Expert], n_generalists: int, top_k: int, routed: bool, routing_unit: str):
         super().__init__()
         self.c_fc, self.c_proj = mlp.c_fc, mlp.c_proj  # frozen, one copy for all experts of all users
-        self.generalists = nn.ModuleList([Expert(mlp, rank, alpha) for _ in range(n_generalists)])
-        self.specialists = nn.ModuleList([Expert(mlp, rank, alpha) for _ in range(n_experts - n_generalists)])
-        self.top_k, self.routing_unit = min(top_k, n_experts), routing_unit
+        self.generalists, self.specialists = nn.ModuleList(experts[:n_generalists]), nn.ModuleList(experts[n_generalists:])
+        self.top_k, self.routing_unit = min(top_k, len(experts)), routing_unit
         self.needs_earlier_tokens = routing_unit != 'token'
         # one expert needs no router; without one, the layer before decides, or if none does (router='mean') all count alike
-        self.router = nn.Linear(self.c_fc.in_features, n_experts, bias=False) if routed and n_experts > 1 else None
+        self.router = nn.Linear(self.c_fc.in_features, len(experts), bias=False) if routed and len(experts) > 1 else None
 
     def forward(self, x: torch.Tensor, routing: Routing | None = None) -> tuple[torch.Tensor, Routing | None]:
         """x (B, T, C), and the routing of the layer before -> (B, T, C), the routing of this layer."""
@@ -220,14 +209,11 @@ class LoRAMoE(nn.Module):
 
 
 class GhostNoise(nn.Module):
-    """Ghost noise injection (2305.17205), training only, after a LayerNorm: the noise that normalising with a small batch's
-    statistics would make. For sequence b, n sequences are drawn with replacement; with mean μ~, variance σ~² of each channel
-    over their tokens, and μ, σ² over the whole pool that they are drawn from,
+    """Ghost noise injection (2305.17205), training only, after a LayerNorm: the noise of a small batch's statistics. For
+    sequence b, n of the micro-batch's *other* sequences (b's own would let a token see the future) are drawn with replacement;
+    with mean μ~, variance σ~² of each channel over their tokens, and μ, σ² over all the others, without gradient,
 
-        x' = (x - (μ~ - μ)) / sqrt((σ~² + ε) / (σ² + ε)),  ε = 1e-3;      E[μ~ - μ] = 0, Var = Var_pool(sequence mean) / n
-
-    The pool is the *other* sequences of the micro-batch: b's own would let a token see the future (METHOD 3.3). No gradient
-    flows through the statistics. The identity in eval mode, and where there is no other sequence."""
+        x' = (x - (μ~ - μ)) / sqrt((σ~² + ε) / (σ² + ε)),  ε = 1e-3;      E[μ~ - μ] = 0, Var = Var(sequence mean) / n"""
 
     def __init__(self, n: int):
         super().__init__()
@@ -300,9 +286,9 @@ def add_lora(
     for layer, block in enumerate(model.h):
         block.attn.c_attn = LoRALinear(block.attn.c_attn, ATTENTION_RANK, alpha)
         block.attn.c_proj = LoRALinear(block.attn.c_proj, ATTENTION_RANK, alpha)
-        block.mlp = LoRAMoE(
-            block.mlp, n_experts, n_generalists, rank, alpha, top_k, routed and (layer == 0 or not one_routing), routing_unit
-        )
+        experts = [Expert(block.mlp, rank, alpha) for _ in range(n_experts)]
+        here = routed and (layer == 0 or not one_routing)
+        block.mlp = LoRAMoE(block.mlp, experts, n_generalists, top_k, here, routing_unit)
         if ghost_noise:
             block.ln_1, block.ln_2 = (nn.Sequential(ln, GhostNoise(ghost_noise)) for ln in (block.ln_1, block.ln_2))
     return model.to(base.wte.weight.device).eval()

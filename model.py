@@ -189,27 +189,19 @@ class GPT(nn.Module):
         return CrossEntropy.apply(x, self.wte.weight, targets), routing
 
     @torch.no_grad()
-    def stream(
-        self,
-        idx: torch.Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        seed: int | None = None,
-        cached: bool = True,
-    ) -> Iterator[torch.Tensor]:
-        """Yields max_new_tokens sampled tokens (B, 1) that continue idx (B, T), T >= 1, each as soon as it is known.
+    def stream(self, idx: torch.Tensor, n: int, temperature=1.0, top_k=None, seed=None, cached=True) -> Iterator[torch.Tensor]:
+        """Yields n sampled tokens (B, 1) that continue idx (B, T), T >= 1, each as soon as it is known: see `choose`.
 
         The seed fixes the sample. The context is the last n_positions tokens. cached=False computes it anew for every token.
         Raises ValueError on an empty prompt or a senseless temperature or top_k."""
-        if idx.shape[1] < 1:
-            raise ValueError('the prompt is empty: generate needs at least one token')
-        if not temperature >= 0 or (top_k is not None and top_k < 1):
-            raise ValueError(f'temperature {temperature} must be >= 0 and top_k {top_k} >= 1')
+        if idx.shape[1] < 1 or not temperature >= 0 or (top_k is not None and top_k < 1):
+            raise ValueError(
+                f'a prompt of {idx.shape[1]} tokens, temperature {temperature}, top_k {top_k}: expected 1, 0, 1 at least'
+            )
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         cached = cached and not any(block.mlp.needs_earlier_tokens for block in self.h)
         cache = [[] for _ in self.h] if cached else None
-        for _ in range(max_new_tokens):
+        for _ in range(n):
             if idx.shape[1] > self.config.n_positions:
                 cache = None  # positions are absolute: where the window slides, every token gets a new one
             x, _ = self.hidden(idx[:, -1:] if cache and cache[0] else idx[:, -self.config.n_positions :], cache)
@@ -217,9 +209,9 @@ class GPT(nn.Module):
             idx = torch.cat((idx, new), dim=1)
             yield new
 
-    def generate(self, idx: torch.Tensor, max_new_tokens: int, *args, **kwargs) -> torch.Tensor:
-        """idx (B, T) and what `stream` adds to it -> (B, T + max_new_tokens)."""
-        return torch.cat((idx, *self.stream(idx, max_new_tokens, *args, **kwargs)), dim=1)
+    def generate(self, idx: torch.Tensor, n: int, **how) -> torch.Tensor:
+        """idx (B, T) and what `stream` adds to it -> (B, T + n)."""
+        return torch.cat((idx, *self.stream(idx, n, **how)), dim=1)
 
 
 def choose(logits: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> torch.Tensor:

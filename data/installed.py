@@ -43,7 +43,7 @@ def many_documents(chars: int, least: int, mixed: bool) -> dict[str, list[str]]:
     users a kind that is too small for an equal part is left out. Raises ValueError if less than two are large enough."""
     seen, size = set(), min(CAP, max(100, least))
     kinds = {
-        name: [piece for text in texts for piece in cut_all('\n\n'.join(new_blocks(text, seen)), size)]
+        name: [piece for text in texts for piece in cut_all(new_blocks(text, seen), size)]
         for name, texts in demo_kinds().items()
     }
     held = {name: sum(map(len, texts)) for name, texts in kinds.items()}
@@ -51,10 +51,8 @@ def many_documents(chars: int, least: int, mixed: bool) -> dict[str, list[str]]:
     while mixed and min(held.values()) * len(held) < WASTE * chars:
         held.pop(min(held, key=held.get))
         if len(held) < 2:
-            raise ValueError(
-                f'the users ask for {chars:,} characters, too much for two kinds of installed text or more '
-                f'({there}): lower --users or the sizes of their splits'
-            )
+            why = f'the users ask for {chars:,} characters, too much for two kinds of installed text or more ({there})'
+            raise ValueError(f'{why}: lower --users or the sizes of their splits')
     return {name: kinds[name] for name in held}
 
 
@@ -84,7 +82,9 @@ def collect(texts: Iterable[str], seen: set, cap: int, limit: int) -> list[str]:
     """Documents of 200 to `cap` characters, made of blocks not in `seen`, until there are `limit` characters."""
     documents, size = [], 0
     for text in texts:
-        text = cut('\n\n'.join(new_blocks(text, seen)), cap)
+        text = new_blocks(text, seen)
+        if len(text) > cap:
+            text = text[:cap].rpartition('\n')[0]  # whole lines
         if len(text) >= 200:
             documents.append(text)
             size += len(text)
@@ -93,25 +93,20 @@ def collect(texts: Iterable[str], seen: set, cap: int, limit: int) -> list[str]:
     return documents
 
 
-def new_blocks(text: str, seen: set) -> list[str]:
-    """The blocks of text that are not in `seen`, compared without white space; adds them to `seen`."""
+def new_blocks(text: str, seen: set) -> str:
+    """The text without its blocks that are in `seen`, compared by block_key; adds the others to `seen`."""
     blocks = []
     for block in re.split(r'\n\s*\n', text):
         key = block_key(block)
         if len(key) < MIN_BLOCK or key not in seen:
             blocks.append(block.strip('\n').rstrip())
             seen.add(key)
-    return [block for block in blocks if block]
+    return '\n\n'.join(filter(None, blocks))
 
 
 def block_key(block: str) -> str:
     """Letters and digits only: the same licence wrapped or commented otherwise is the same block."""
     return re.sub(r'\W+', '', block)
-
-
-def cut(text: str, limit: int) -> str:
-    """The first `limit` characters, up to the end of a line."""
-    return text if len(text) <= limit else text[:limit].rpartition('\n')[0]
 
 
 def cut_all(text: str, limit: int) -> list[str]:
@@ -163,18 +158,14 @@ def reference_prose() -> Iterable[str]:
             for text in node.value.values:
                 yield '\n\n'.join(prose(ast.literal_eval(text)))
     paths = (path for package in DOCSTRINGS_OF for path in (PACKAGES / package).rglob('*.py') if 'tests' not in path.parts)
-    for path in scattered(paths):
-        yield '\n\n'.join(docstring_prose(read(path)))
-
-
-def docstring_prose(source: str) -> list[str]:
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError):
-        return []
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    texts = (ast.get_docstring(node) for node in statements(tree) if isinstance(node, owners))
-    return [paragraph for text in texts if text for paragraph in prose(text)]
+    for path in scattered(paths):
+        try:
+            nodes = statements(ast.parse(read(path)))
+        except (SyntaxError, ValueError):
+            continue
+        texts = filter(None, (ast.get_docstring(node) for node in nodes if isinstance(node, owners)))
+        yield '\n\n'.join(paragraph for text in texts for paragraph in prose(text))
 
 
 def statements(tree: ast.Module) -> Iterable[ast.AST]:

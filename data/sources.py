@@ -22,6 +22,7 @@ import numpy as np
 
 from data.installed import base_documents, demo_documents, many_documents
 
+BUFFER = 10_000  # rows that are shuffled at a time, but for agnews
 MANY = 32  # users, beyond which a demo's files are several documents each and a report is a summary
 ROWS = ('.jsonl', '.jsonl.gz', '.csv', '.parquet')  # a document per row, in the column 'text'
 FORMATS = (*ROWS, '.txt')
@@ -30,19 +31,6 @@ CATEGORIES = {  # of the paper's sets
     'agnews': ('World', 'Sports', 'Business', 'Sci/Tech'),
     'multilingual': ('de', 'nl', 'fr', 'it'),
     'slimpajama': ('StackExchange', 'Github', 'ArXiv', 'Book'),
-}
-WIKIPEDIA = 'wikimedia/wikipedia'
-# What a file's name in --source begins with ('*': anything) -> the same rows on the Hub: (repository, config, split).
-HUB = {
-    'agnews': {'train': ('fancyzhx/ag_news', None, 'train'), 'test': ('fancyzhx/ag_news', None, 'test')},
-    'multilingual': {
-        'de': (WIKIPEDIA, '20231101.de', 'train'),
-        'nl': ('google/wiki40b', 'nl', 'train'),
-        'fr': (WIKIPEDIA, '20231101.fr', 'train'),
-        'it': (WIKIPEDIA, '20231101.it', 'train'),
-    },
-    'slimpajama': {'train': ('DKYoon/SlimPajama-6B', None, 'train')},
-    'base': {'*': (WIKIPEDIA, '20231101.en', 'train')},
 }
 
 
@@ -112,16 +100,11 @@ def shuffled(rows: Iterable[dict], buffer: int, rng: np.random.Generator) -> Ite
 
 def find_files(source: Path, stem: str = '*') -> list[Path]:
     """Data files at `source`, sorted: that file, or those of a folder named STEM.jsonl, STEM-00000-of-00002.parquet, ..."""
-    if source.is_file():
-        return [source] if source.name.endswith(FORMATS) else []
-    return [
-        file
-        for file in sorted(source.iterdir())
-        if file.name.endswith(FORMATS)
-        and file.is_file()
-        and not file.name.startswith('.')
-        and stem in ('*', re.split(r'[.-]', file.name)[0])
-    ]
+    begins = r'[^.]' if stem == '*' else rf'{stem}[.-]'
+    files = [source]
+    if not source.is_file():
+        files = [file for file in sorted(source.iterdir()) if re.match(begins, file.name) and file.is_file()]
+    return [file for file in files if file.name.endswith(FORMATS)]
 
 
 def is_text(file: Path) -> bool:
@@ -151,56 +134,42 @@ def user_files(folder: Path) -> tuple[list[Path], list[Path]]:
     return read, sorted(set(found) - set(read), key=Path.as_posix)
 
 
-def rows_of(options: dict, stem: str, buffer: int = 10_000) -> tuple[Iterator[dict], list[str]]:
-    """(shuffled rows, where they are from): HUB's, or those of the files named STEM in --source. Raises ValueError."""
-    if options['source'] is None:
-        repository, config, split = HUB[options['set']][stem]
-        return hub_rows(repository, config, split, options['seed'], buffer), [' '.join(filter(None, (repository, config)))]
-    files = find_files(Path(options['source']), stem)
-    if not files:
-        raise ValueError(f'--source={options["source"]} holds no {stem}.jsonl, .jsonl.gz, .csv or .parquet')
-    rows = itertools.chain.from_iterable(map(file_rows, files))
-    return shuffled(rows, buffer, np.random.default_rng(options['seed'])), [file.name for file in files]
-
-
 # ---- documents: (category, text) ------------------------------------------------------------------------------------
 
 
-def field(row: dict, column: str, where: str) -> object:
-    """A row's value. Raises ValueError if there is no such column."""
-    if column not in row:
-        raise ValueError(f'{where}: no column {column!r} (there are: {one_line(", ".join(map(str, row))) or "none"})')
-    return row[column]
-
-
 def documents_of(
-    rows: Iterable[dict], where: str, category: int | Callable, clean: Callable[[str], str] = str
+    rows: Iterable[dict], where: str, category: int | Callable[[dict], int | None], clean: Callable[[str], str] = str
 ) -> Iterator[tuple[int, str]]:
-    """(category, clean(text)) of every row. `category`: a number, or a function of (row, where) that may return None to leave
-    the row out. Raises ValueError naming `where` the rows are from."""
+    """(category, clean(text)) of every row. `category`: a number, or a function of the row, which may return None to leave it
+    out. Raises ValueError naming `where` the rows are from."""
     for row in rows:
-        number, text = category(row, where) if callable(category) else category, field(row, 'text', where)
-        if not isinstance(text, str | None):
-            raise ValueError(f"{where}: column 'text' holds {type(text).__name__}, not text")
+        try:
+            number, text = category(row) if callable(category) else category, row['text']
+            if not isinstance(text, str | None):
+                raise ValueError(f"column 'text' holds {type(text).__name__}, not text")
+        except KeyError as missing:
+            there = one_line(', '.join(map(str, row))) or 'none'
+            raise ValueError(f'{where}: no column {missing} (there are: {there})') from None
+        except ValueError as error:
+            raise ValueError(f'{where}: {error}') from None
         if number is not None:
             yield number, clean(text or '')
 
 
-def agnews_category(row: dict, where: str) -> int:
-    label = str(field(row, 'label', where))
+def agnews_category(row: dict) -> int:
+    label = str(row['label'])
     if label not in ('0', '1', '2', '3'):
-        raise ValueError(f'{where}: label {label!r} is not 0 (World), 1 (Sports), 2 (Business) or 3 (Sci/Tech)')
+        raise ValueError(f'label {label!r} is not 0 (World), 1 (Sports), 2 (Business) or 3 (Sci/Tech)')
     return int(label)
 
 
-def slimpajama_category(row: dict, where: str) -> int | None:
-    meta = field(row, 'meta', where)
+def slimpajama_category(row: dict) -> int | None:
+    meta, known = row['meta'], CATEGORIES['slimpajama']
     try:
         meta = json.loads(meta) if isinstance(meta, str) else meta
         category = meta['redpajama_set_name'].removeprefix('RedPajama')
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{where}: column 'meta' has no 'redpajama_set_name'") from None
-    known = CATEGORIES['slimpajama']
+        raise ValueError("column 'meta' has no 'redpajama_set_name'") from None
     return known.index(category) if category in known else None
 
 
@@ -216,35 +185,59 @@ def clean_wiki40b(text: str) -> str:
 
 # ---- the data sets: (categories, streams, where) --------------------------------------------------------------------
 
+# (set, what a file's name in --source begins with; '*': anything): the same rows on the Hub, their category, what cleans them.
+# fmt: off
+HUB = {
+    ('agnews', 'train'):     ('fancyzhx/ag_news', None, 'train', agnews_category, str),
+    ('agnews', 'test'):      ('fancyzhx/ag_news', None, 'test', 4, str),
+    ('multilingual', 'de'):  ('wikimedia/wikipedia', '20231101.de', 'train', 0, str),
+    ('multilingual', 'nl'):  ('google/wiki40b', 'nl', 'train', 1, clean_wiki40b),
+    ('multilingual', 'fr'):  ('wikimedia/wikipedia', '20231101.fr', 'train', 2, str),
+    ('multilingual', 'it'):  ('wikimedia/wikipedia', '20231101.it', 'train', 3, str),
+    ('slimpajama', 'train'): ('DKYoon/SlimPajama-6B', None, 'train', slimpajama_category, str),
+    ('base', '*'):           ('wikimedia/wikipedia', '20231101.en', 'train', 0, str),
+}
+# fmt: on
+
+
+def open_rows(options: dict, stems: Iterable[str]) -> tuple:
+    """(streams, where) of HUB's rows, or of those in the files of these stems in --source, shuffled. Raises ValueError."""
+    buffer = 120_000 if options['set'] == 'agnews' else BUFFER  # all train rows: Table 3 takes half of each category's
+    streams, where = [], []
+    for stem in stems:
+        repository, config, split, category, clean = HUB[options['set'], stem]
+        if options['source'] is None:
+            names = [' '.join(filter(None, (repository, config)))]
+            rows = hub_rows(repository, config, split, options['seed'], buffer)
+        else:
+            files = find_files(Path(options['source']), stem)
+            if not files:
+                raise ValueError(f'--source={options["source"]} holds no {stem}.jsonl, .jsonl.gz, .csv or .parquet')
+            names = [file.name for file in files]
+            rows = itertools.chain.from_iterable(map(file_rows, files))
+            rows = shuffled(rows, buffer, np.random.default_rng(options['seed']))
+        feeds = (category,) if isinstance(category, int) else range(4)
+        streams.append((stem, documents_of(rows, names[0], category, clean), feeds))
+        where += [name for name in names if name not in where]
+    return streams, where
+
 
 def open_agnews(options: dict) -> tuple:
     """Categories 0-3: train rows. 4, unless --alpha makes valid and test follow each user's topics: test rows, if any."""
-    buffer = 120_000  # all of the train rows: Table 3 takes half of each category's
-    rows, where = rows_of(options, 'train', buffer)
-    streams = [('train', documents_of(rows, where[0], agnews_category), range(4))]
     source = options['source']
-    if options['alpha'] is None and (source is None or Path(source).is_dir() and find_files(Path(source), 'test')):
-        rows, more = rows_of(options, 'test', buffer)
-        streams += [('test', documents_of(rows, more[0], 4), (4,))]
-        where = list(dict.fromkeys(where + more))
-    return list(CATEGORIES['agnews']), streams, where
+    test = options['alpha'] is None and (source is None or Path(source).is_dir() and find_files(Path(source), 'test'))
+    return list(CATEGORIES['agnews']), *open_rows(options, ('train', 'test') if test else ('train',))
 
 
 def open_multilingual(options: dict) -> tuple:
     if options['source'] and not Path(options['source']).is_dir():
         raise ValueError('multilingual needs a folder as --source, with files de.*, nl.*, fr.* and it.*')
-    streams, where = [], []
-    for i, language in enumerate(CATEGORIES['multilingual'][: options['users'] if options['alpha'] is None else None]):
-        rows, names = rows_of(options, language)
-        clean = clean_wiki40b if language == 'nl' else str
-        streams.append((language, documents_of(rows, names[0], i, clean), (i,)))
-        where += names
-    return list(CATEGORIES['multilingual']), streams, where
+    languages = list(CATEGORIES['multilingual'])
+    return languages, *open_rows(options, languages[: options['users'] if options['alpha'] is None else None])
 
 
 def open_slimpajama(options: dict) -> tuple:
-    rows, where = rows_of(options, 'train')
-    return list(CATEGORIES['slimpajama']), [('rows', documents_of(rows, where[0], slimpajama_category), range(4))], where
+    return list(CATEGORIES['slimpajama']), *open_rows(options, ('train',))
 
 
 def user_documents(files: list[Path], category: int) -> Iterator[tuple[int, str]]:
@@ -258,30 +251,24 @@ def open_local(options: dict) -> tuple:
     """One category per sub-folder of --source, or per file where there are only files. Prints what of a folder is not read."""
     users = [path for path in Path(options['source']).iterdir() if not path.name.startswith('.')]
     users.sort(key=lambda path: path.name)
-    folders = any(map(Path.is_dir, users))
+    folders, formats = any(map(Path.is_dir, users)), ', '.join(FORMATS)
     for path in users:
         if folders and not path.is_dir():
             raise ValueError(f'{path} lies beside sub-folders, one per user: put it into one of them, or into one of its own')
         if not folders and not path.name.endswith(FORMATS):
-            raise ValueError(
-                f'{path} is no {", ".join(FORMATS)}, one per user: put it into a sub-folder, where all text is read'
-            )
-    names = [path.name if folders else re.sub(r'\.(jsonl(\.gz)?|csv|parquet|txt)$', '', path.name) for path in users]
+            raise ValueError(f'{path} is no {formats}, one per user: put it into a sub-folder, where all text is read')
     where = [path.name for path in users]
+    names = where if folders else [re.sub(r'\.(jsonl(\.gz)?|csv|parquet|txt)$', '', name) for name in where]
     if not names or len(names) > len(set(names)):
-        raise ValueError(
-            f'--source={options["source"]} needs one sub-folder, or one {", ".join(FORMATS)}, per user, each of its own '
-            f'name (found: {", ".join(where) or "none"})'
-        )
+        there = ', '.join(where) or 'none'
+        raise ValueError(f'--source={options["source"]} needs a folder or file per user, of different names (found: {there})')
     streams = []
     for i, (name, path) in enumerate(zip(names, users)):
         read, left = user_files(path) if folders else ([path], [])
         if left:
-            kinds = {f'{file.name}/' if file.is_dir() else file.suffix or file.name for file in left}
-            print(
-                f'{one_line(name)}: {len(left)} of {len(read) + len(left)} files are not read '
-                f'({one_line(", ".join(sorted(kinds)))}): not text in UTF-8, or links to folders'
-            )
+            kinds = sorted({f'{file.name}/' if file.is_dir() else file.suffix or file.name for file in left})
+            n, kinds = f'{len(left)} of {len(read) + len(left)}', one_line(', '.join(kinds))
+            print(f'{one_line(name)}: {n} files are not read ({kinds}): not text in UTF-8, or links to folders')
         streams.append((name, user_documents(read, i), (i,)))
     return names, streams, where
 
@@ -300,7 +287,6 @@ def open_demo(options: dict, asked: dict) -> tuple:
 
 
 def open_base(options: dict) -> tuple:
-    rows, where = rows_of(options, '*')
+    wikipedia, where = open_rows(options, ('*',))
     texts = base_documents([text for texts in demo_documents().values() for text in texts])
-    streams = [('wikipedia', documents_of(rows, where[0], 0), (0,)), *installed_streams(texts, 1)]
-    return ['wikipedia', *texts], streams, [*where, INSTALLED]
+    return ['wikipedia', *texts], wikipedia + installed_streams(texts, 1), [*where, INSTALLED]

@@ -5,6 +5,8 @@ meta.json. A split is one stream of tokens; a batch is windows of it (nanoGPT's 
 
 import hashlib
 import json
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +38,43 @@ def encoding(name: str) -> tiktoken.Encoding:
         ) from None
 
 
-def check_dataset(folder: str | Path, block_size: int, vocab_size: int) -> dict:
-    """meta.json, after every file of every user has been read and checked: one user in memory at a time. With it 'overlap',
-    of every user: see `overlap`.
+class Texts:
+    """A prepared data set. All of it is read and checked once, one user in memory at a time; then `of` reads a user's again.
+
+    .meta as in meta.json, .names of the users, .n_train: tokens of train text of each user, .overlap: see `overlap`.
+
+    target 'own' keeps each user's own valid and test streams; 'mixture' gives user i the i-th of N equal pieces of every
+    user's valid (and test) stream, one after the other: tomorrow's topics, disjoint between users. Train never changes.
+    pooled: one user with everybody's text. For these two all text stays in memory.
 
     Raises ValueError, in one line, for anything missing, truncated, altered, too short or outside the vocabulary."""
-    folder = Path(folder)
+
+    def __init__(self, folder: str | Path, block_size: int, vocab_size: int, target: str = 'own', pooled: bool = False):
+        self.folder, self.meta, self.pooled = Path(folder), read_meta(Path(folder), vocab_size), pooled
+        users, known, self.overlap, streams = self.meta['users'], self.meta.get('overlap'), [], []
+        self.names = [user['name'] for user in users]
+        self.n_train = [1] if pooled else [user['tokens']['train'] for user in users]
+        for i in range(len(users)):
+            data = load_user(self.folder, self.meta, i)
+            check_lengths(data, i, block_size)
+            self.overlap.append(known[i] if known else overlap(data['train'], data['valid']))
+            streams += [data] if pooled or target == 'mixture' else []
+        if target == 'mixture':
+            streams = [{**streams[i], **mixture(streams, i)} for i in range(len(streams))]
+            for i, data in enumerate(streams):
+                check_lengths(data, i, block_size)
+        self.streams = streams  # [] to read a user's files when they are asked for
+
+    def of(self, i: int) -> dict:
+        """User i's {'train': tokens, 'valid': tokens, 'test': tokens}; if pooled also 'tests', {user: its test tokens}."""
+        if self.pooled:
+            data = {split: np.concatenate([user[split] for user in self.streams]) for split in SPLITS}
+            return {**data, 'tests': {j: user['test'] for j, user in enumerate(self.streams)}}
+        return self.streams[i] if self.streams else load_user(self.folder, self.meta, i)
+
+
+def read_meta(folder: Path, vocab_size: int) -> dict:
+    """meta.json of a data set. Raises ValueError if it is not one, or not for a base of vocab_size tokens."""
     try:
         meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
         if meta['dtype'] not in ('<u2', '<u4') or not meta['users'] or type(meta['vocab_size']) is not int:
@@ -50,6 +83,8 @@ def check_dataset(folder: str | Path, block_size: int, vocab_size: int) -> dict:
             if {type(user['tokens'][split]) for split in SPLITS} != {int} or type(user['name']) is not str:
                 raise ValueError('a user needs a name, and the number of its tokens of each split')
             meta['tokenizer'], [user['sha256'][split] for split in SPLITS]
+        if 'overlap' in meta and [type(share) for share in meta['overlap']] != [float] * len(meta['users']):
+            raise ValueError('overlap needs a number for every user')
     except FileNotFoundError:
         raise ValueError(f'no data set at {folder} (no meta.json): data/prepare.py makes it, see the README') from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -61,11 +96,6 @@ def check_dataset(folder: str | Path, block_size: int, vocab_size: int) -> dict:
             f'{folder} has a vocabulary of {meta["vocab_size"]} tokens ({meta["tokenizer"]}), but the base model '
             f'has {vocab_size}: prepare with the other --tokenizer, or choose the other base with --init_from'
         )
-    meta['overlap'] = []
-    for i in range(len(meta['users'])):
-        user = load_user(folder, meta, i)
-        check_lengths(user, i, block_size)
-        meta['overlap'].append(overlap(user['train'], user['valid']))
     return meta
 
 
@@ -75,16 +105,22 @@ def overlap(train: np.ndarray, valid: np.ndarray, length: int = 64) -> float:
     if min(len(train), len(valid)) < length:
         return 0.0
 
-    def hashes(tokens: np.ndarray) -> np.ndarray:  # (tokens - length + 1,), Σ_j t_j p^j over the window
-        sums = np.cumsum((tokens.astype(np.uint64) + 1) * np.cumprod(np.full(len(tokens), p, np.uint64)))
-        sums = np.concatenate((np.zeros(1, np.uint64), sums))
-        return (sums[length:] - sums[:-length]) * np.cumprod(np.full(len(sums) - length, pow(p, -1, 2**64), np.uint64))
+    def hashes(tokens: np.ndarray) -> Iterator[np.ndarray]:  # of the windows at every place, Σ_j t_j p^j, a piece at a time
+        for start in range(0, len(tokens) - length + 1, piece):
+            some = tokens[start : start + piece + length - 1]
+            sums = np.cumsum((some.astype(np.uint64) + 1) * powers[: len(some)])
+            sums = np.concatenate((np.zeros(1, np.uint64), sums))
+            yield (sums[length:] - sums[:-length]) * inverses[: len(some) - length + 1]
 
-    p = 0x9E3779B97F4A7C15  # odd, so it has an inverse
-    asked, known = hashes(valid)[::length], hashes(train)
-    unique = np.unique(asked)
-    found = known[unique.take(np.searchsorted(unique, known), mode='clip') == known]  # few are asked for, many known
-    return float(np.isin(asked, found).mean())
+    p, piece = 0x9E3779B97F4A7C15, 2**10 * length  # p is odd, so it has an inverse; the streams may be larger than memory
+    powers, inverses = (np.cumprod(np.full(piece + length, x, np.uint64)) for x in (p, pow(p, -1, 2**64)))
+    asked = np.concatenate([some[::length].copy() for some in hashes(valid)])
+    unique, places = np.unique(asked, return_inverse=True)
+    found = np.zeros(len(unique), bool)
+    for some in hashes(train):
+        at = np.searchsorted(unique[:-1], some)  # without the last one, so that every place is one of unique
+        found[at[unique[at] == some]] = True
+    return float(found[places].mean())
 
 
 def check_lengths(user: dict, i: int, block_size: int) -> None:
@@ -107,22 +143,6 @@ def load_user(folder: str | Path, meta: dict, i: int) -> dict:
         )
         for split in SPLITS
     }
-
-
-def load_dataset(folder: str | Path, block_size: int, vocab_size: int, target: str = 'own') -> tuple[dict, list[dict]]:
-    """(meta, every user's splits as of load_user), all of it in memory.
-
-    target 'own' keeps each user's own valid and test streams; 'mixture' gives user i the i-th of N equal pieces of every
-    user's valid (and test) stream, one after the other: tomorrow's topics, disjoint between users. Train never changes.
-    Raises ValueError as check_dataset does."""
-    meta = check_dataset(folder, block_size, vocab_size)
-    streams = [load_user(folder, meta, i) for i in range(len(meta['users']))]
-    if target == 'mixture':
-        mixed = [mixture(streams, i) for i in range(len(streams))]
-        streams = [{'train': own['train'], **mix} for own, mix in zip(streams, mixed)]
-        for i, user in enumerate(streams):
-            check_lengths(user, i, block_size)
-    return meta, streams
 
 
 def load_text(file: str | Path, tokenizer: str) -> np.ndarray:
@@ -169,3 +189,49 @@ def get_batch(tokens: np.ndarray, batch_size: int, block_size: int, key: tuple) 
     windows = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)  # (B, T + 1)
     windows = torch.from_numpy(windows)
     return windows[:, :-1], windows[:, 1:]
+
+
+def write_streams(
+    folder: Path, names: list[str], streams: Iterable[dict], vocab_size: int, meta: dict, n_bytes: np.ndarray | None = None
+) -> dict:
+    """Write a data set; return its meta.json: `meta`, and what is counted here.
+
+    streams: per name, in order, {'train': documents, 'valid': ..., 'test': ...}, each an iterable of arrays of token ids that
+    is read once, so that none of it need be in memory. n_bytes (vocab_size,): bytes of text of each token, else 1.
+    It is written under a temporary name, then renamed: what stands at `folder` is always complete."""
+    dtype = np.dtype('<u4' if vocab_size > 2**16 else '<u2')
+    partial, old = (folder.with_name(f'.{folder.name}.{state}') for state in ('partial', 'old'))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        users, overlaps = [], []
+        for i, (name, documents) in enumerate(zip(names, streams, strict=True)):
+            files = {split: partial / f'user{i}_{split}.bin' for split in SPLITS}
+            counts = {split: write_stream(file, documents[split], dtype, n_bytes) for split, file in files.items()}
+            keys = ('tokens', 'documents', 'bytes', 'sha256')
+            users.append({'name': name, **{key: {split: counts[split][key] for split in SPLITS} for key in keys}})
+            texts = [np.memmap(files[split], dtype, 'r') for split in SPLITS[:2] if counts[split]['tokens']]  # none is empty
+            overlaps.append(overlap(*texts) if len(texts) == 2 else 0.0)
+        meta = {**meta, 'dtype': dtype.str, 'vocab_size': vocab_size, 'users': users, 'overlap': overlaps}
+        (partial / 'meta.json').write_text(json.dumps(meta, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return meta
+
+
+def write_stream(file: Path, documents: Iterable, dtype: np.dtype, n_bytes: np.ndarray | None) -> dict:
+    """Write one split, document after document. Returns its 'tokens', 'documents', 'bytes' of text and 'sha256'."""
+    tokens, n_documents, text, digest = 0, 0, 0, hashlib.sha256()
+    with file.open('wb') as out:
+        for ids in documents:
+            raw = np.asarray(ids, dtype).tobytes()
+            out.write(raw)
+            digest.update(raw)
+            tokens, n_documents = tokens + len(ids), n_documents + 1
+            text += len(ids) if n_bytes is None else int(n_bytes[ids].sum())
+    return {'tokens': tokens, 'documents': n_documents, 'bytes': text, 'sha256': digest.hexdigest()}

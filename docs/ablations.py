@@ -7,7 +7,6 @@
 
 Runs go to out/ablations/NAME-SEED; one that is finished, of the same diff, is not repeated. data/demo must be there."""
 
-import argparse
 import json
 import re
 import shutil
@@ -17,6 +16,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from configurator import die, parser  # noqa: E402
+
 PAGE = ROOT / 'docs' / 'ablations.md'
 RUNS = ROOT / 'out' / 'ablations'
 DATA = ROOT / 'data' / 'demo'
@@ -79,7 +82,7 @@ def refreshed(name: str, diff: str) -> str:
         apply(name, diff, new)
         for side, source in (('a', ROOT), ('b', new)):
             for file in files:
-                (Path(tmp) / side).mkdir(exist_ok=True)
+                (Path(tmp) / side / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(source / file, Path(tmp) / side / file)
         done = subprocess.run(
             ['git', 'diff', '--no-index', '--no-prefix', '--no-color', '-U1', 'a', 'b'], capture_output=True, text=True, cwd=tmp
@@ -88,31 +91,32 @@ def refreshed(name: str, diff: str) -> str:
     return re.sub(r'^(@@ .*? @@).*$', r'\1', text, flags=re.M)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('names', nargs='*', metavar='NAME', help='ablations, default all')
-    parser.add_argument('--seeds', default='42', help='one, or several with commas')
-    parser.add_argument('--diff', action='store_true', help='print the diffs and do nothing else')
-    parser.add_argument('--refresh', action='store_true', help="rewrite the page's diffs against the source as it is")
-    args, known = parser.parse_args(), diffs()
-    if unknown := [name for name in args.names if name not in known]:
-        parser.error(f'no ablation {unknown[0]}; there are: {", ".join(known)}')
+def main(argv: list[str]) -> None:
+    command, known = parser(__doc__), diffs()
+    command.add_argument('names', nargs='*', metavar='NAME', help='ablations, default all')
+    command.add_argument('--seeds', default='42', help='one, or several with commas')
+    command.add_argument('--diff', action='store_true', help='print the diffs and do nothing else')
+    command.add_argument('--refresh', action='store_true', help="rewrite the page's diffs against the source as it is")
+    args = command.parse_args(argv)
     names = args.names or [*known]
+    if unknown := [name for name in names if name not in known]:
+        die(f'no ablation {unknown[0]}; there are: {", ".join(known)}')
     if args.diff:
         print(''.join(known[name] for name in names), end='')
         return
     try:
         if args.refresh:
+            page = PAGE.read_text(encoding='utf-8')
             for name in names:
-                page = PAGE.read_text(encoding='utf-8')
-                PAGE.write_text(page.replace(known[name], refreshed(name, known[name])), encoding='utf-8')
+                page = page.replace(known[name], refreshed(name, known[name]))
+            PAGE.write_text(page, encoding='utf-8')
             return
         if not (DATA / 'meta.json').exists():
-            parser.error('no data/demo: run python data/prepare.py demo')
+            die('no data/demo: run python data/prepare.py demo')
         print(table(names, [int(seed) for seed in args.seeds.split(',')]))
     except (ValueError, subprocess.CalledProcessError) as error:
-        parser.error(str(error))
+        die(error)
 
 
 if __name__ == '__main__':
-    main()
+    main(sys.argv[1:])

@@ -249,11 +249,11 @@ class Journal:
         self.told, c = time.time(), self.c
         if self.bar.disable and not self.hidden:
             users = len(self.fleet.here)
-            part = min(1.0, self.done / max(1, users * c.local_steps))
+            part = min(1.0, self.done / (users * c.local_steps)) if users else 1.0  # nobody: the end of a round that all failed
             left = (self.told - self.began_rounds) / (self.t - self.start + part) * (c.rounds - self.t - part)  # seconds
             known = self.losses + [line['loss'] for line in self.pending if line['kind'] == 'train']
             self.say(
-                f'round {self.t + 1:3}/{c.rounds}  {self.done // c.local_steps}/{users} users'
+                f'round {self.t + 1:3}/{c.rounds}  {min(self.done // c.local_steps, users)}/{users} users'
                 + ' of process 0' * (processes.world() > 1)
                 + f'  train loss {cell(mean(known))}  {tqdm.format_interval(left)} left'
             )

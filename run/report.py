@@ -12,7 +12,7 @@ import torch
 
 from configurator import mean, table
 from federate import ONE_MODEL, Tensors, truncate
-from lora_moe import ATTENTION_RANK, scaling
+from lora_moe import ATTENTION_RANK, scaling, shape_of
 from model import autocast, evaluate, load_gpt, perplexity
 from run import checkpoint, processes
 from run.checkpoint import write_atomically
@@ -40,7 +40,7 @@ def report(c: SimpleNamespace, fleet: Fleet, journal: Journal, server: Tensors) 
     if c.aggregate == 'flora':
         original = load_gpt(c.init_from).to(c.device)
         server = fleet.merge(server)
-    for user in users if fleet.start and c.rounds else ():  # the same users once more, after the last aggregation
+    for user in users if fleet.asked and c.rounds else ():  # the same users once more, after the last aggregation
         user.receive(server, journal.t, fleet.stacks)
         journal.test(user, 'aggregated')
     journal.publish()
@@ -60,22 +60,9 @@ def save_adapters(c: SimpleNamespace, fleet: Fleet, journal: Journal, server: Te
     """Each user's own tensors, and the server's, with what a reader needs to rebuild the model around them."""
     here, folder = {user.id: user.adapter for user in fleet.here}, journal.out / 'adapters'
     for i in sorted({*fleet.last_round, *([0] if c.pooled else fleet.tested)})[processes.rank() :: processes.world()]:
-        facts = {
-            'user': i,
-            'name': journal.name(i),
-            'base': c.init_from,
-            'base_sha256': journal.identity['base'],
-            'method': c.method,
-            'n_experts': c.n_experts[i],
-            'n_generalists': c.n_generalists,
-            'rank': c.lora_rank[i],
-            'attention_rank': ATTENTION_RANK,
-            'alpha': c.lora_alpha,
-            'scaling': scaling(c.lora_alpha, c.lora_rank[i]),
-            'top_k': c.top_k,
-            'router': c.router,
-            'round': fleet.last_round.get(i, 0),
-        }
+        facts = {'user': i, 'name': journal.name(i), 'method': c.method, 'round': fleet.last_round.get(i, 0), **shape_of(c, i)}
+        facts |= {'scaling': scaling(c.lora_alpha, c.lora_rank[i]), 'attention_rank': ATTENTION_RANK}
+        facts |= {'base': c.init_from, 'base_sha256': journal.identity['base']}
         own = here[i] if i in here else checkpoint.read(fleet.file(i), 'adapter/')[0]
         checkpoint.save(folder / f'user{i}.safetensors', own, {}, **{key: str(value) for key, value in facts.items()})
     if c.aggregate in ONE_MODEL and processes.rank() == 0:
@@ -105,7 +92,7 @@ def summarise(c: SimpleNamespace, fleet: Fleet, journal: Journal, trainable: lis
         'mean_test_ppl': mean(ppl),
         'test_ppl': ppl,
         'pretrained_test_ppl': journal.of_all('pretrained'),
-        'aggregated_test_ppl': aggregated if fleet.start and c.rounds else None,
+        'aggregated_test_ppl': aggregated if fleet.asked and c.rounds else None,
         'mean_aggregated_test_ppl': mean(aggregated),
         # exp of the mean loss over all test tokens: what a model of pooled text is scored by elsewhere, below the mean of users
         'pooled_test_ppl': None if None in ppl else perplexity(np.average(np.log(ppl), weights=n_tokens)),

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,9 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared'  # real text for offline checks; those tests skip where it is absent
 sys.path.insert(0, str(ROOT))
 
+import federate  # noqa: E402
 import train as train_file  # noqa: E402
+from configurator import configure, fit  # noqa: E402
 from data.stream import write_streams  # noqa: E402
 from model import GPT, GPTConfig, save_gpt  # noqa: E402
+from user import User, start_of  # noqa: E402
 
 LONG = os.environ.get('RELIABILITY') == 'long'  # the counts of `make reliability`, instead of a short form of every line
 FIGURES = {}  # {'R1': (what was reached, whether that is the target)}
@@ -37,6 +41,8 @@ TINY = (
     '--block_size=16',
     '--eval_every=2',
 )
+
+N_TRAIN = (300, 500, 900)  # tokens of the tiny users
 
 
 def write_dataset(folder: Path, streams: list[dict], vocab_size: int = 257, tokenizer: str = 'bytes') -> Path:
@@ -64,25 +70,35 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=257, n_positions=32, n_layer=2, n_head=2, n_embd=16))
     save_gpt(model, folder / 'base.safetensors')
-    data = write_dataset(folder / 'data', [user_streams(i, n) for i, n in enumerate((300, 500, 900))])
+    data = write_dataset(folder / 'data', [user_streams(i, n) for i, n in enumerate(N_TRAIN)])
     return SimpleNamespace(base=folder / 'base.safetensors', data=data, model=model, folder=folder)
 
 
-@pytest.fixture
-def train(tiny, tmp_path):
+def trainer(tiny: SimpleNamespace, folder: Path) -> Callable:
     """train(*args) is train.main on the tiny base and data: its parts, and .out, the folder, and .lines of metrics.jsonl."""
 
     def run(*args: str, out: str = 'run', short: bool = True) -> SimpleNamespace:
-        given = [f'--init_from={tiny.base}', f'--dataset={tiny.data}', f'--out_dir={tmp_path / out}', '--device=cpu']
+        given = [f'--init_from={tiny.base}', f'--dataset={tiny.data}', f'--out_dir={folder / out}', '--device=cpu']
         handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
         try:
             parts = train_file.main([*given, *(TINY if short else ()), *args])
         finally:  # Ctrl-C is pytest's again
             for number, handler in handlers:
                 signal.signal(number, handler)
-        return SimpleNamespace(**vars(parts), out=tmp_path / out, lines=read_metrics(tmp_path / out))
+        return SimpleNamespace(**vars(parts), out=folder / out, lines=read_metrics(folder / out))
 
     return run
+
+
+@pytest.fixture
+def train(tiny, tmp_path):
+    return trainer(tiny, tmp_path)
+
+
+@pytest.fixture(scope='session')
+def finished(tiny, tmp_path_factory) -> SimpleNamespace:
+    """A finished run of three users with 3, 1 and 2 experts, for all tests that look at one and leave it as it is."""
+    return trainer(tiny, tmp_path_factory.mktemp('finished'))('--method=comigs_1gxs', '--n_experts=3,1,2')
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -127,3 +143,58 @@ def pytest_terminal_summary(terminalreporter):
             write(f'{name:4} {"met   " if ok else "MISSED"} {reached}')
     for line in sorted(set(found)):
         write(f'     {line}')
+
+
+# ---- the method without a run: users in memory, no folder ------------------------------------------------------------
+def devices(base: GPT, *switches: str, N: int = 3, **more: object) -> list[User]:
+    """N tiny users as they begin. more: data beside their splits, such as public text."""
+    c = fit(configure([*TINY, *switches]), N, base.config.n_positions)
+    c.n_train, c.vocab_size = N_TRAIN[:N], base.config.vocab_size
+    return [User(i, c, base, user_streams(i, n) | more) for i, n in enumerate(c.n_train)]
+
+
+def trained(base: GPT, *switches: str, N: int = 3, **more: object) -> SimpleNamespace:
+    """train.algorithm_1 without files, fleet or journal: .users after the last round, .lines of metrics.jsonl, and of that
+    round .sent, what they sent, .server, and .own, what the server made for single users. FLoRA adds to `base`."""
+    users, lines = devices(base, *switches, N=N, **more), []
+    c, stacks, sent, own = users[0].c, 0, {}, {}
+    server = {name: v for name, v in start_of(c, base).items() if name in users[0].shared and c.aggregate != 'flora'}
+
+    def ask(question: str, ids: list[int], **told: object) -> dict:
+        return {user.id: getattr(user, question)(**told) for user in users if user.id in ids}
+
+    for t in range(c.rounds):
+
+        def log(kind: str, values: dict) -> None:
+            lines.append({'kind': kind, 'round': t + 1, **values})
+
+        if c.aggregate == 'flora':
+            federate.merge(base, server)
+            server, stacks = {}, stacks + federate.n_bytes(server)
+        for user in users:
+            user.receive(server, t, stacks)
+            train_file.local_round(user, t, c.local_steps, log)
+        sent = ask('upload', [*range(N)])
+        server, own = federate.combine(c, t, server, sent, ask, log)
+        for user in users:
+            user.take(own.get(user.id))
+            log('comm', user.traffic())
+    return SimpleNamespace(c=c, users=users, lines=lines, sent=sent, server=server, own=own)
+
+
+# ---- what many tests say ---------------------------------------------------------------------------------------------
+def refused(capsys, run: Callable, *args: object) -> str:
+    """The one line with which run(*args) ends; its exit code is 2."""
+    with pytest.raises(SystemExit) as exit:
+        run(*args)
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and err.count('\n') == 1, err
+    return err
+
+
+def snapshot(user: User) -> dict:
+    return {name: p.detach().clone() for name, p in user.adapter.items()}
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

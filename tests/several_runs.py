@@ -1,43 +1,97 @@
-"""several_runs.py N JOBS [ACCIDENTS]: runs train.py once for every list of arguments in a JSON list, each in N processes as
-torchrun would start them. They are forks of this one, so torch is imported once.
+"""train.main in processes of its own, as torchrun would start them, and what can happen to such a run.
 
-ACCIDENTS: for every run what happens to it, or null:
-    {"signal": 9, "after": 0.7}              the parent sends it after so many seconds; with "from": FILE, after that is there
-    {"signal": 9, "at": "fsync", "call": 3}  the run kills itself before its third call of that function (of POINTS)
-    {"count": true}                          it writes how often it calls each of POINTS to stderr
-    {"limit": 30000}                         it can write no file longer than so many bytes, as if the disk were full
-    {"audit": FILE}                          what it broadcasts to other processes is appended to the file, byte for byte
-    {"mark": 1.5}                            specialists and routers start as this number everywhere
-    {"samples": FILE}                        memory (bytes), open files and threads ten times a second, until the file is there
-With ACCIDENTS the end of every run is printed as JSON: exit status (negative: the signal), seconds from the signal to the end,
-stderr, samples."""
+They are forks of a process that has imported torch and done nothing else, so one starts within a moment and inherits nothing.
 
+An accident is what happens to a run:
+    {'signal': 9, 'after': 0.7}              all its processes (or 'rank': 2 alone) get it after so many seconds; with
+                                             'from': FILE after that has 'lines': n lines (0: is there)
+    {'signal': 9, 'at': 'fsync', 'call': 3}  the run kills itself before its third call of that function (of POINTS)
+    {'count': True}                          it writes how often it calls each of POINTS to stderr
+    {'limit': 30000}                         it can write no file longer than so many bytes, as if the disk were full
+    {'audit': FILE}                          what it broadcasts to other processes is appended to the file, byte for byte
+    {'mark': 1.5}                            specialists and routers start as this number everywhere
+    {'samples': FILE}                        memory (bytes), open files and threads ten times a second, until the file is there
+"""
+
+import contextlib
 import json
+import multiprocessing
 import os
 import resource
-import signal
 import socket
 import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import torch  # noqa: E402
-import torch._dynamo  # noqa: E402, F401  which an optimizer imports at its first step
-import torch.distributed as dist  # noqa: E402
-
-import data.stream  # noqa: E402, F401
-import lora_moe  # noqa: E402
-import plot  # noqa: E402
-
-plot.run = lambda out: None  # pictures take longer than these rounds
+FORKS = multiprocessing.get_context('forkserver')
+FORKS.set_forkserver_preload(['train', 'torch._dynamo', 'pytest'])  # found where pytest is started, else each imports its own
 POINTS = {'write': (Path, 'write_bytes'), 'fsync': (os, 'fsync'), 'replace': (os, 'replace'), 'unlink': (Path, 'unlink')}
+
+
+def several_runs(jobs: list[list[str]], accidents: list[dict] | None = None, n: int = 1) -> list[SimpleNamespace]:
+    """train.main of every list of arguments in turn, each in n processes. Of each: statuses, the exit status of every process
+    (negative: the signal), and status, the one farthest from 0; seconds from the signal to the end; err, what they wrote to
+    stderr; samples."""
+    return [run(argv, accident, n) for argv, accident in zip(jobs, accidents or [{}] * len(jobs), strict=True)]
+
+
+def run(argv: list[str], accident: dict, n: int) -> SimpleNamespace:
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        port = s.getsockname()[1]
+    with tempfile.NamedTemporaryFile() as errors:
+        env = {'WORLD_SIZE': str(n), 'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(port)}
+        ranks = [{**env, 'RANK': str(rank), 'LOCAL_RANK': str(rank)} for rank in range(n)]
+        children = [FORKS.Process(target=train, args=(argv, accident, rank, errors.name), daemon=True) for rank in ranks]
+        for child in children:
+            child.start()
+        samples, told = [], None
+        if 'after' in accident:
+            while 'from' in accident and count(accident['from']) < accident.get('lines', 0):
+                time.sleep(0.01)
+            time.sleep(accident['after'])
+            for child in [children[accident['rank']]] if 'rank' in accident else children:
+                with contextlib.suppress(ProcessLookupError):  # it has ended
+                    os.kill(child.pid, accident['signal'])
+            told = time.time()
+        while 'samples' in accident and not Path(accident['samples']).exists():
+            samples.append(sample(children[0].pid))
+            time.sleep(0.1)
+        for child in children:
+            child.join(300)
+        seconds = time.time() - told if told else None
+        err, statuses = Path(errors.name).read_text(errors='replace'), [child.exitcode for child in children]
+    return SimpleNamespace(status=max(statuses, key=abs), statuses=statuses, seconds=seconds, err=err, samples=samples)
+
+
+def count(file: str) -> int:
+    return Path(file).read_bytes().count(b'\n') if Path(file).exists() else -1
+
+
+def train(argv: list[str], accident: dict, env: dict, errors: str) -> None:
+    """In the child."""
+    file = os.open(errors, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 2)
+    sys.stderr, sys.stdout = open(2, 'w', buffering=1, closefd=False), open(os.devnull, 'w')
+    os.environ.update(env)
+    sys.argv = ['train.py', *argv]
+    import torch
+
+    import train
+
+    torch.set_num_threads(1)
+    prepare(accident)
+    train.main(argv)
 
 
 def prepare(accident: dict) -> None:
     """In the child, before the run."""
+    import torch.distributed as dist
+
+    import user
+
     if 'limit' in accident:
         resource.setrlimit(resource.RLIMIT_FSIZE, (accident['limit'], accident['limit']))
     if 'audit' in accident:
@@ -50,10 +104,7 @@ def prepare(accident: dict) -> None:
 
         dist.broadcast = audited
     if 'mark' in accident:
-        initial = lora_moe.initial
-        lora_moe.initial = lambda name, shape, *key: (
-            initial(name, shape, *key) if key[1:2] == ('server',) else torch.full(shape, accident['mark'])
-        )
+        user.initial = marked(user.initial, accident['mark'])
     calls = dict.fromkeys(POINTS, 0)
 
     def counted(point, function):
@@ -74,54 +125,13 @@ def prepare(accident: dict) -> None:
             setattr(owner, name, counted(point, getattr(owner, name)))
 
 
+def marked(initial, mark: float):
+    """lora_moe.initial, but what never leaves a user starts as this number everywhere."""
+    import torch
+
+    return lambda name, shape, *key: initial(name, shape, *key) if key[1:2] == ('server',) else torch.full(shape, mark)
+
+
 def sample(pid: int) -> list[int]:
     status = dict(line.split(':', 1) for line in Path(f'/proc/{pid}/status').read_text().splitlines())
     return [int(status['VmRSS'].split()[0]) * 1024, len(os.listdir(f'/proc/{pid}/fd')), int(status['Threads'])]
-
-
-def main() -> None:
-    source = compile((ROOT / 'train.py').read_text(), str(ROOT / 'train.py'), 'exec')
-    n, jobs = int(sys.argv[1]), json.loads(sys.argv[2])
-    accidents = json.loads(sys.argv[3]) if len(sys.argv) > 3 else None
-    for argv, accident in zip(jobs, accidents or [{}] * len(jobs)):
-        accident = accident or {}
-        with socket.socket() as s:
-            s.bind(('localhost', 0))
-            port = s.getsockname()[1]
-        children, errors = [], tempfile.TemporaryFile()
-        for rank in range(n):
-            if not (pid := os.fork()):
-                if accidents:
-                    os.dup2(errors.fileno(), 2)
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                sys.argv = ['train.py', *argv]
-                os.environ.update(
-                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR='localhost', MASTER_PORT=str(port)
-                )
-                prepare(accident)
-                exec(source, {'__name__': '__main__', '__file__': str(ROOT / 'train.py'), '__doc__': ''})
-                sys.exit()
-            children.append(pid)
-        samples, told = [], None
-        if 'after' in accident:
-            while 'from' in accident and not Path(accident['from']).exists():
-                time.sleep(0.01)
-            time.sleep(accident['after'])
-            for pid in children:
-                os.kill(pid, accident['signal'])
-            told = time.time()
-        while 'samples' in accident and not Path(accident['samples']).exists():
-            samples.append(sample(children[0]))
-            time.sleep(0.1)
-        ends = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
-        if accidents:
-            errors.seek(0)
-            seconds = time.time() - told if told else None
-            print(json.dumps([max(ends, key=abs), seconds, errors.read().decode(errors='replace'), samples]), flush=True)
-        elif any(ends):
-            sys.exit(f'failed: {" ".join(argv)}')
-
-
-if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    main()

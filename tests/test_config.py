@@ -1,195 +1,256 @@
-"""configurator.py: nanoGPT's idea, its gaps closed (what it takes, and one line for what it does not)."""
+"""configurator.py and config/default.py: what a command line may say, one line for what it may not, and the tables of both."""
 
 import re
-import runpy
-import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, refused
 
-from configurator import configure
-
-ROWS = {'small': dict(width=1), 'large': dict(width=9, share=False)}
-
-
-def script() -> dict:
-    """What globals() of a script holds when it calls configure: switches, and things that are none."""
-    return {
-        '__name__': '__main__',
-        'method': 'small',
-        'width': 5,
-        'rate': 2e-3,
-        'share': True,
-        'name': 'x',
-        'n_experts': 2,
-        'os': pytest,
-        'ROWS': ROWS,
-    }
+from config.default import COLUMNS, FIT, GONE, LEGAL, METHODS, MUST, PER_USER
+from configurator import SWITCHES, configure, die, fit, list_methods, parser, table
 
 
-def run(*argv: str) -> dict:
-    scope = script()
-    config = configure(scope, list(argv), ROWS, per_user=('n_experts',))
-    assert config == {k: scope[k] for k in config}  # the script's variables are the configuration
-    assert list(config) == ['method', 'width', 'rate', 'share', 'name', 'n_experts']
-    return config
+def settle(argv: list[str], N: int, n_positions: int):
+    return fit(configure(argv), N, n_positions)
 
 
+# ---- what is taken ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     'argv, expected',
     [
-        ([], dict(width=1, rate=2e-3)),  # the method's row beats the default
-        (['--method=large'], dict(width=9, share=False)),
-        (['--method=large', '--width=3'], dict(width=3, share=False)),  # a switch beats the row
-        (['--width=3', '--method=large'], dict(width=3)),  # whatever the order
+        ([], dict(SWITCHES)),
+        (['--method=fedavg'], dict(n_generalists=2, router='mean')),  # the method's row beats the default
+        (['--method=fedavg', '--router=learned'], dict(n_generalists=2, router='learned')),  # a switch beats the row
+        (['--router=learned', '--method=fedavg'], dict(router='learned')),  # whatever the order
+        (['--method=centralized'], dict(pooled=True)),  # a row may set more than its columns
         (['--n_experts=4,2,2,2'], dict(n_experts=(4, 2, 2, 2))),
         (['--n_experts=(4,2)'], dict(n_experts=(4, 2))),
+        (['--lora_rank=[4,2]'], dict(lora_rank=(4, 2))),
         (['--n_experts=3'], dict(n_experts=3)),
-        (['--rate=1'], dict(rate=1.0)),  # an int stands for a float
-        (['--rate=1e-4'], dict(rate=1e-4)),
-        (['--name=a=b'], dict(name='a=b')),  # '=' inside a value
-        (['--name=7'], dict(name='7')),
-        (['--name='], dict(name='')),
-        (['--share=False'], dict(share=False)),
-        (['--share'], dict(share=True)),
+        (['--expert_lr=1'], dict(expert_lr=1.0)),  # an int stands for a float
+        (['--expert_lr=1e-4'], dict(expert_lr=1e-4)),
+        (['--out_dir=a=b'], dict(out_dir='a=b')),  # '=' inside a value
+        (['--out_dir=7'], dict(out_dir='7')),
+        (['--public_text='], dict(public_text='')),
+        (['--resume=False'], dict(resume=False)),
+        (['--resume'], dict(resume=True)),
     ],
 )
 def test_good(argv, expected):
-    config = run(*argv)
+    config = vars(configure(argv))
+    assert list(config) == list(SWITCHES)  # every switch, in the order of config/default.py, and nothing else
     assert {k: config[k] for k in expected} == expected
     assert all(type(config[k]) is type(v) for k, v in expected.items())
 
 
 def test_files_and_switches_in_a_row(tmp_path):
     """Later ones win; a file may compute, and its private names are its own business."""
-    (tmp_path / 'a.py').write_text('_half = 3\nwidth = 2 * _half\nrate = 1\n')
-    (tmp_path / 'b.py').write_text('width = 7\nn_experts = (4, 2)\n')
+    (tmp_path / 'a.py').write_text('_half = 3\nrounds = 2 * _half\nexpert_lr = 1\n')
+    (tmp_path / 'b.py').write_text('rounds = 7\nn_experts = (4, 2)\nmethod = "comigs_1gxs"\n')
     a, b = str(tmp_path / 'a.py'), str(tmp_path / 'b.py')
-    assert run(a)['width'] == 6 and run(a)['rate'] == 1.0
-    assert run(a, b)['width'] == 7 and run(b, a)['width'] == 6
-    assert run(a, b, '--width=8')['width'] == run('--width=8', a)['width'] + 2 == 8
-    assert run(b)['n_experts'] == (4, 2)
+    assert configure([a]).rounds == 6 and configure([a]).expert_lr == 1.0
+    assert configure([a, b]).rounds == 7 and configure([b, a]).rounds == 6
+    assert configure([a, b, '--rounds=8']).rounds == configure(['--rounds=8', a]).rounds + 2 == 8
+    assert configure([b]).n_experts == (4, 2)  # not the row's
 
 
+def test_the_shipped_files_load():
+    files = [file for file in sorted((ROOT / 'config').glob('*.py')) if file.name != 'default.py']
+    assert len(files) >= 5
+    for file in files:
+        assert vars(configure([str(file)])) != SWITCHES
+
+
+def test_what_a_fit_makes_of_it():
+    c = settle(['--n_experts=3,1,2'], N=3, n_positions=128)
+    assert c.n_experts == (3, 1, 2) and c.lora_rank == (8, 8, 8)
+
+
+# ---- the tables of config/default.py ---------------------------------------------------------------------------------
+@pytest.mark.parametrize('method', METHODS)
+def test_every_row_of_the_tables_holds_for_every_method(method):
+    c = vars(settle([f'--method={method}'], N=4, n_positions=1024))
+    for names, legal in LEGAL.items():
+        for x in (c[name] for name in names.split()):
+            assert x in legal if isinstance(legal, tuple) else eval(legal, {'x': x}), (names, x)
+    for condition in [*MUST, *FIT]:
+        assert eval(condition, {'fullmatch': re.fullmatch}, {**c, 'N': 4, 'n_positions': 1024}), condition
+    row, where, what, *more = METHODS[method]
+    assert len(row) == len(COLUMNS) and where in ('T1', 'T2', 'T4', '-') and len(what) < 50
+    assert {k: c[k] for switches in more for k in switches} == dict(*more)
+
+
+RULED = [(name, legal) for names, legal in LEGAL.items() for name in names.split()]
+
+
+@pytest.mark.parametrize('name, legal', RULED, ids=[name for name, _ in RULED])
+def test_every_row_of_LEGAL_is_enforced(name, legal, capsys):
+    default = SWITCHES[name]
+    if isinstance(legal, tuple):
+        assert default in legal
+        assert f'--{name}=nonsense: expected one of {", ".join(legal)}' in refused(capsys, configure, [f'--{name}=nonsense'])
+        return
+    outside = [x for x in map(type(default), (-1, 0, 0.5, 2, 1e9)) if not eval(legal, {'x': x})]
+    assert outside and eval(legal, {'x': default})
+    for x in outside:
+        assert f'--{name}={x}: expected {legal.replace("x", name)}' in refused(capsys, configure, [f'--{name}={x}'])
+
+
+def test_every_number_is_in_one_row():
+    """All but two, which may be any number; n_experts and lora_rank are looked at by `fit`."""
+    numbers = {name for name, value in SWITCHES.items() if type(value) in (int, float)}
+    ruled = [name for name, _ in RULED]
+    assert len(ruled) == len(set(ruled)) and numbers - {*ruled} <= {*PER_USER, 'lb_coef', 'weight_decay'}
+
+
+BROKEN = [  # an example for every row of MUST, in their order
+    ['--attack=scale'],
+    ['--aggregate=consensus'],
+    ['--method=local', '--aggregate=median'],
+    ['--method=pcl', '--clip_norm=1'],
+    ['--aggregate=fdlora', '--n_generalists=0'],
+    ['--method=fdlora', '--failures=0.1'],
+    ['--ghost_noise=8', '--micro_batch_size=1'],
+    ['--method=local', '--init_adapter=folder'],
+    ['--public_text=file.txt'],
+]
+UNFIT = [  # and of FIT, for 3 users and a base of 32 positions
+    ['--block_size=33'],
+    ['--test_users=4'],
+    ['--method=fedavg', '--n_experts=2,1,2'],
+    ['--method=hetlora', '--n_experts=4,2,2'],
+    ['--method=ffa_lora', '--lora_rank=4,8,8'],
+    ['--method=flexlora', '--lora_rank=4,8,8', '--init_adapter=folder'],
+]
+EXAMPLES = [(argv, row, False) for argv, row in zip(BROKEN, MUST.items(), strict=True)]
+EXAMPLES += [(['--block_size=16', *argv], row, True) for argv, row in zip(UNFIT, FIT.items(), strict=True)]
+
+
+@pytest.mark.parametrize('argv, row, fits', EXAMPLES, ids=[' '.join(argv) for argv, _, _ in EXAMPLES])
+def test_every_row_between_switches_is_enforced(argv, row, fits, capsys):
+    """The line names the switches that the row speaks of, with their values, and says why."""
+    condition, why = row
+    err = refused(capsys, settle, argv, 3, 32) if fits else refused(capsys, configure, argv)
+    named, _, reason = err.partition(': ')[2].partition(': ')
+    assert reason.split() == why.split()
+    given = dict(arg[2:].split('=') for arg in argv if arg[2:].split('=')[0] in condition)
+    assert given and all(f'--{name}={value}' in re.sub(r'\.0\b', '', named) for name, value in given.items()), named
+    spoken = re.findall(r'(\w+)=', named)
+    assert {*spoken} == {name for name in re.findall(r'\w+', condition) if name in {**SWITCHES, 'N': 0, 'n_positions': 0}}
+
+
+@pytest.mark.parametrize('argv', [['--n_experts=4,2'], ['--n_experts=0'], ['--lora_rank=8,8,5000'], ['--lora_rank=1,2,3,4']])
+def test_an_entry_for_each_user(argv, capsys):
+    assert f'{argv[0].split("=")[0]}=' in (err := refused(capsys, settle, argv, 3, 1024))
+    assert 'expected one value from 1 to 4096, or 3, one per user of demo' in err
+
+
+def test_what_replaces_switches_of_before(capsys, tmp_path):
+    (tmp_path / 'old.py').write_text('fuse = True')
+    for name in ('match', 'fuse', 'tensorboard', 'wandb'):
+        assert f'no switch --{name} any more: {GONE[name]}' in refused(capsys, configure, [f'--{name}=full'])
+        assert GONE[name] in refused(capsys, configure, [f'--{name}'])
+    assert GONE['fuse'] in refused(capsys, configure, [str(tmp_path / 'old.py')])
+    assert not GONE.keys() & SWITCHES.keys()
+    for switches in re.findall(r'--\w+=[\w,]+', ' '.join(GONE.values())):  # what they recommend is taken
+        configure(['--method=flexlora' if 'rank' in switches else '--method=fdlora', switches])
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     'argv, message',
     [
-        (['--widht=3'], 'unknown switch --widht; did you mean --width?'),
-        (['--zzz=3'], 'unknown switch --zzz; known: method, width'),
-        (['--os=1'], 'unknown switch --os'),
-        (['--method=smal'], 'unknown method smal; did you mean small?'),
-        (['--width=2.5'], '--width=2.5: expected int, such as 5'),
-        (['--width=True'], '--width=True: expected int'),
-        (['--width=wide'], "--width='wide': expected int"),
-        (['--width=3,4'], '--width=(3, 4): expected int'),  # not a per-user switch
+        (['--ronuds=3'], 'unknown switch --ronuds; did you mean --rounds?'),
+        (['--n_expert=2'], 'unknown switch --n_expert; did you mean --n_experts?'),
+        (['--zzz=3'], 'unknown switch --zzz; known: method, dataset'),
+        (['--ast=1'], 'unknown switch --ast'),
+        (['--METHODS=1'], 'unknown switch --METHODS'),
+        (['--method=comigs_1g1'], 'unknown method comigs_1g1; did you mean comigs_1g1s?'),
+        (['--rounds=2.5'], '--rounds=2.5: expected int, such as 20'),
+        (['--rounds=True'], '--rounds=True: expected int'),
+        (['--rounds=wide'], "--rounds='wide': expected int"),
+        (['--rounds=3,4'], '--rounds=(3, 4): expected int'),  # not a per-user switch
         (['--n_experts=4,x'], 'expected int, such as 2'),
-        (['--rate=1e999'], 'expected a finite number'),
-        (['--share=maybe'], 'expected bool, such as True'),
-        (['--width'], '--width=True: expected int'),
-        (['--name=[1,2]'], 'expected str'),
-        (['width=3'], 'neither a config file (*.py) nor a switch'),
+        (['--expert_lr=1e999'], 'expected a finite number'),
+        (['--resume=maybe'], 'expected bool, such as False'),
+        (['--rounds'], '--rounds=True: expected int'),
+        (['--out_dir=[1,2]'], 'expected str'),
+        (['rounds=3'], 'neither a config file (*.py) nor a switch'),
+        (['notes.txt'], 'neither a config file'),
         (['missing.py'], 'cannot read the config file missing.py'),
     ],
 )
 def test_bad(argv, message, capsys):
-    with pytest.raises(SystemExit) as exit:
-        run(*argv)
-    err = capsys.readouterr().err
-    assert exit.value.code == 2 and err.count('\n') == 1 and message in err
+    assert message in refused(capsys, configure, argv)
 
 
 @pytest.mark.parametrize(
     'text, message',
     [
-        ('widht = 3', 'did you mean width?'),
-        ('width = "3"', "--width='3': expected int"),
-        ('width = ', 'does not run: SyntaxError'),
-        ('width = 1 / 0', 'does not run: ZeroDivisionError'),
-        ('import math\nwidth = 3', 'unknown switch in'),
+        ('ronuds = 3', 'did you mean rounds?'),
+        ('rounds = "3"', "--rounds='3': expected int"),
+        ('rounds = ', 'does not run: SyntaxError'),
+        ('rounds = 1 / 0', 'does not run: ZeroDivisionError'),
+        ('import math\nrounds = 3', 'unknown switch in'),
     ],
 )
 def test_bad_files(text, message, tmp_path, capsys):
     (tmp_path / 'c.py').write_text(text)
-    with pytest.raises(SystemExit) as exit:
-        run(str(tmp_path / 'c.py'))
-    err = capsys.readouterr().err
-    assert exit.value.code == 2 and err.count('\n') == 1 and message in err
+    assert message in refused(capsys, configure, [str(tmp_path / 'c.py')])
 
 
-def test_every_shipped_config_names_known_switches():
-    import ast
-
-    source = (ROOT / 'train.py').read_text().partition('configure(globals()')[0]
-    tree = ast.parse(source.rpartition('\nconfig = ')[0])
-    known = {t.id for node in tree.body if isinstance(node, ast.Assign) for t in node.targets}
-    files = sorted((ROOT / 'config').glob('*.py'))
-    assert len(files) >= 5
-    for file in files:
-        values = {}
-        exec(file.read_text(), values)
-        assert {k for k in values if not k.startswith('_')} <= known, file
+def test_one_line_for_each_machine(capsys, monkeypatch):
+    """However many processes find the same; line breaks within a message become spaces."""
+    assert refused(capsys, die, 'a\n  b').endswith(': a b\n')
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    with pytest.raises(SystemExit):
+        die('a')
+    assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize('file', ['train.py', 'pretrain.py'])
-def test_help_has_every_switch_and_nothing_else(file, monkeypatch, capsys):
-    """The names that configure takes, in a refusal's own words, are those that --help prints, in their order."""
-
-    def says(argument, code):
-        monkeypatch.setattr(sys, 'argv', [file, argument])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / file), run_name='__main__')
-        assert end.value.code == code
-        return capsys.readouterr()
-
-    known = says('--zzzzzz=1', 2).err.strip().partition('known: ')[2].split(', ')
-    text = says('--help', 0).out
-    assert re.findall(r'^(\w+) = ', text, re.M) == known and len(known) >= 16
-    assert all(re.search(rf'^{name} = .* # ', text, re.M) for name in known), 'a switch without a comment beside it'
-    assert says('-h', 0).out == says('--help=foo', 0).out == text
+# ---- what is shown ---------------------------------------------------------------------------------------------------
+def shown(capsys, *argv: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        configure([*argv], 'Says what it does.')
+    assert end.value.code == 0
+    return capsys.readouterr().out
 
 
-def test_help_tells_what_would_be_set(tmp_path, capsys):
-    """Values over several lines, '#' in a string, no comment; the defaults, and what a method and a file make of them."""
-    source = """# ---- sizes
-method = 'small'  # a row
-sizes = (
-    1,  # not this one
-    2,
-)  # of both
-# an aside
-width = 5
-# ---- the rest
-name = 'a # b'   # whose
-config = configure(globals(), [])
-width = 7  # not this one
-# ---- the code
-"""
-    (tmp_path / 'script.py').write_text(source)
-    (tmp_path / 'mine.py').write_text('width = 6')
-    rows = {'small': {}, 'large': {'name': 'x'}}
-    scope = {'__doc__': 'Says what it does.', '__file__': str(tmp_path / 'script.py'), 'method': 'small', 'sizes': (1, 2)}
-    scope |= {'width': 5, 'name': 'a # b'}
+def test_help_has_every_switch_and_nothing_else(capsys):
+    text = shown(capsys, '--help')
+    assert text.startswith('Says what it does.\n\n')
+    assert re.findall(r'^(\w+) = ', text, re.M) == list(SWITCHES)
+    assert all(re.search(rf'^{name} = .* # ', text, re.M) for name in SWITCHES), 'a switch without a comment beside it'
+    assert 'router_every = 30 ' in text and '\n# ---- the schedule\n' in text
+    assert shown(capsys, '-h') == shown(capsys, '--help=foo') == text
 
-    def shown(*argv):
-        with pytest.raises(SystemExit) as end:
-            configure(scope, [*argv, '--help'], rows)
-        assert end.value.code == 0
-        return capsys.readouterr().out.splitlines()
 
-    assert shown() == [
-        'Says what it does.',
-        '',
-        '# ---- sizes',
-        "method = 'small'  # a row",
-        'sizes = (1, 2)    # of both',
-        'width = 5',
-        '# ---- the rest',
-        "name = 'a # b'    # whose",
-    ]
-    assert shown('--method=large', str(tmp_path / 'mine.py'))[3:] == [
-        "method = 'large'  # a row  (default: 'small')",
-        'sizes = (1, 2)    # of both',
-        'width = 6  (default: 5)',
-        '# ---- the rest',
-        "name = 'x'        # whose  (default: 'a # b')",
-    ]
+def test_help_tells_what_would_be_set(capsys, tmp_path):
+    """The values that a method, a file and switches make; beside a value that is not the default, the default."""
+    (tmp_path / 'mine.py').write_text('rounds = 6')
+    lines = shown(capsys, '--method=fedavg', '--n_experts=4,2', str(tmp_path / 'mine.py'), '--help').splitlines()
+    line = {text.split(' = ')[0]: text for text in lines if ' = ' in text}
+    assert re.fullmatch(r"method = 'fedavg' +# a row .*  \(default: 'comigs_1g1s'\)", line['method'])
+    assert re.fullmatch(r'n_experts = \(4, 2\) +# .*  \(default: 2\)', line['n_experts'])
+    assert re.fullmatch(r'rounds = 6 +# .*  \(default: 20\)', line['rounds'])
+    assert line['n_generalists'].endswith('(default: 1)') and line['router'].startswith("router = 'mean'")
+    assert 'default:' not in line['local_steps']
+
+
+def test_every_method_is_listed(capsys):
+    listed = shown(capsys, '--list_methods')
+    assert listed == shown(capsys, '--rounds=3', '--list_methods') == list_methods() + '\n'
+    assert [line.split()[0] for line in listed.splitlines()[2:]] == list(METHODS)
+    assert 'consensus' in listed and '2305.18497' in listed and 'Table 4' in listed
+
+
+def test_a_command_of_tools_is_as_strict(capsys):
+    options = parser('What it is.\n\n    python tools/x.py RUN')
+    options.add_argument('--device')
+    assert 'What it is.\n\n    python tools/x.py RUN' in options.format_help()
+    for argv in (['--dev=cpu'], ['--device'], ['more']):  # no abbreviations
+        refused(capsys, options.parse_args, argv)
+
+
+def test_table_layout():
+    text = table(['a', 'long name'], [['x', 1.23456], ['yy', None]])
+    assert text.splitlines() == ['a   long name', '-------------', 'x       1.235', 'yy          -']

@@ -1,23 +1,24 @@
-"""export.py: transformers and PEFT load what it writes and compute the same; what PEFT wrote starts a run."""
+"""tools/export.py: transformers and PEFT load what it writes and compute the same; what PEFT wrote starts a run."""
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, refused, trainer
 from safetensors.torch import load_file, save_file
-from test_train import refused
 
 os.environ['HF_HUB_OFFLINE'] = '1'
-import export as export_file
-from eval import fingerprint, models_of
+from eval import open_run
 from lora_moe import Routing
-from model import load_gpt
+from model import GPT, fingerprint, load_gpt
+from tools import export as export_file
 
 peft, transformers = pytest.importorskip('peft'), pytest.importorskip('transformers')
 transformers.utils.logging.disable_progress_bar()
@@ -27,38 +28,38 @@ PRUNES = ('--prune_coef=10', '--prune_gamma=0.5', '--expert_lr=0.02', '--rounds=
 LINEARS = ['attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj']
 
 
-@pytest.fixture
-def export(monkeypatch):
-    """export(RUN, DIR, *args) runs export.py here -> DIR."""
+def export(folder: Path, to: Path, *args: str) -> Path:
+    """The tool, from the folder of a run -> DIR."""
+    export_file.main([str(folder), str(to), *args])
+    return to
 
-    def run(folder, to, *args):
-        monkeypatch.setattr(sys, 'argv', ['export.py', str(folder), str(to), *args])
-        export_file.main()
-        return Path(to)
 
-    return run
+@pytest.fixture(scope='module')
+def mixed(tiny, tmp_path_factory) -> SimpleNamespace:
+    """A run whose users have 1, 2 and 3 experts."""
+    return trainer(tiny, tmp_path_factory.mktemp('mixed'))('--method=comigs_1gxs', '--n_experts=1,2,3', *FAR)
 
 
 @torch.no_grad()
-def logits(model) -> torch.Tensor:
+def logits(model: torch.nn.Module) -> torch.Tensor:
     """Of IDX, by our model or by theirs. (2, 32, 257)"""
     out = model.eval()(IDX)
     return out[0] if isinstance(out, tuple) else out.logits
 
 
-def model_of(run, i: int = 0) -> torch.nn.Module:
+def model_of(run: SimpleNamespace, i: int = 0) -> GPT:
     """User i's model as the run's files have it: after its last local steps."""
-    return models_of(run.out, load_gpt(run.init_from))[1][i]
+    return open_run(run.out).models[i]
 
 
-def hub_model(folder) -> torch.nn.Module:
+def hub_model(folder: str | Path) -> torch.nn.Module:
     """A folder as transformers loads it: all of its tensors are in their place, and none is missing."""
     model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     return model
 
 
-def peft_model(folder) -> torch.nn.Module:
+def peft_model(folder: Path) -> torch.nn.Module:
     """A folder as PEFT loads it on the base that it names: no key of ours is unknown to it, none of its is missing."""
     config = json.loads((folder / 'adapter_config.json').read_text())
     model = peft.PeftModel.from_pretrained(hub_model(config['base_model_name_or_path']), folder)
@@ -90,18 +91,17 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
         ('generalist', ['--method=ffa_lora']),
     ],
 )
-def test_one_expert_is_one_adapter_and_one_gpt2(train, export, tiny, tmp_path, user, args):
-    train(*FAR, *args)
-    _, models, generalist = models_of(tmp_path / 'run', load_gpt(str(tiny.base)))
-    ours = logits(generalist if user == 'generalist' else models[int(user[-1])])
+def test_one_expert_is_one_adapter_and_one_gpt2(train, tiny, tmp_path, user, args):
+    opened = open_run(train(*FAR, *args).out)
+    ours = logits(opened.generalist if user == 'generalist' else opened.models[int(user[-1])])
     assert (ours - logits(tiny.model)).abs().max() > 0.1  # training went somewhere
-    adapter = export(tmp_path / 'run', tmp_path / 'peft', f'--user={user}', '--to=peft')
+    adapter = export(opened.path, tmp_path / 'peft', f'--user={user}', '--to=peft')
     assert close(logits(peft_model(adapter)), ours)
-    merged = export(tmp_path / 'run', tmp_path / 'merged', f'--user={user}', '--to=merged')
+    merged = export(opened.path, tmp_path / 'merged', f'--user={user}', '--to=merged')
     assert close(logits(hub_model(merged)), ours) and close(logits(load_gpt(str(merged))), ours)
 
 
-def test_a_pruned_rank_keeps_its_scaling(train, export, tmp_path):
+def test_a_pruned_rank_keeps_its_scaling(train, tmp_path):
     """HetLoRA's pruned components are exported as zeros: r, and with it PEFT's alpha / sqrt(r), is the first rank's."""
     run = train('--method=hetlora', '--lora_rank=12,6,4', *PRUNES)
     user = run.users[1]
@@ -123,7 +123,7 @@ def test_a_pruned_rank_keeps_its_scaling(train, export, tmp_path):
         (['--method=fedavg'], ['generalist-0', 'generalist-1']),
     ],
 )
-def test_a_mixture_is_an_adapter_for_each_expert(train, export, tmp_path, capsys, args, folders):
+def test_a_mixture_is_an_adapter_for_each_expert(train, tmp_path, capsys, args, folders):
     """Each folder is our model with every token sent to that expert; together they hold every tensor of the user."""
     run = train(*args, *FAR)
     folder = export(run.out, tmp_path / 'peft', '--user=1')
@@ -149,69 +149,65 @@ def test_a_mixture_is_an_adapter_for_each_expert(train, export, tmp_path, capsys
     assert refused(capsys, export, run.out, tmp_path / 'm', '--user=1', '--to=merged').endswith('use --to=peft\n')
 
 
-def test_the_router_is_in_the_rows_that_the_readme_says(train, export, tmp_path):
-    """Φ and the experts' folders, put together by the README's formula in one layer, are our layer."""
-    run = train('--method=comigs_1gxs', '--n_experts=3', *FAR)
-    folder = export(run.out, tmp_path / 'peft', '--user=2')
-    readme = (folder / 'README.md').read_text()
+def test_the_router_is_in_the_rows_that_the_docs_say(mixed, tmp_path):
+    """Φ and the experts' folders, put together by the formula of docs/exports.md in one layer, are our layer."""
+    folder, docs = export(mixed.out, tmp_path / 'peft', '--user=2'), (ROOT / 'docs/exports.md').read_text()
+    for formula in ('z = Φ x,', 'S = the top_k largest of z,    w = softmax of z over S', 'y = Σ_(j in S) w_j MLP_j(x)'):
+        assert formula in docs
     phi = load_file(folder / 'router.safetensors')['h.1.mlp.router.weight']
-    rows = re.findall(r'^\| `(.*)` \| (\d) \|', readme, re.M)
-    x, mlps = torch.randn(1, 7, 16, generator=torch.Generator().manual_seed(1)), {}
-    for name, j in rows:
-        mlps[int(j)] = peft_model(folder / name).base_model.model.transformer.h[1].mlp
+    names = sorted(f.name for f in folder.glob('*-*'))  # generalists first, then specialists
+    x = torch.randn(1, 7, 16, generator=torch.Generator().manual_seed(1))
+    mlps = [peft_model(folder / name).base_model.model.transformer.h[1].mlp for name in names]
     z = x @ phi.t()  # (1, 7, 3)
     best, S = z.topk(2)
     with torch.no_grad():
-        y = torch.stack([mlps[j](x) for j in range(3)], -1)  # (1, 7, C, 3)
+        y = torch.stack([mlp(x) for mlp in mlps], -1)  # (1, 7, C, 3)
         y = (y.gather(3, S[:, :, None].expand(1, 7, 16, 2)) * best.softmax(-1)[:, :, None]).sum(-1)
-        ours = model_of(run, 2).h[1].mlp(x)[0]
-    assert len(rows) == 3 and torch.allclose(y, ours, atol=1e-5) and 'the 2 largest of z' in readme
+        ours = model_of(mixed, 2).h[1].mlp(x)[0]
+    assert names == ['generalist-0', 'specialist-0', 'specialist-1'] and torch.allclose(y, ours, atol=1e-5)
 
 
-@pytest.mark.parametrize('to, n', [('peft', 1), ('peft', 2), ('merged', 1), ('base', 2)])
-def test_the_readme_tells_what_is_there_and_its_code_runs(train, export, tmp_path, to, n):
-    run = train(f'--n_experts={n}', *FAR)
-    folder = export(run.out, tmp_path / 'x', f'--to={to}', *(['--user=0'] if to != 'base' else []))
+@pytest.mark.parametrize('to, user', [('peft', 0), ('peft', 1), ('merged', 0), ('base', None)])
+def test_the_readme_tells_what_is_there_and_its_code_runs(mixed, tiny, tmp_path, to, user):
+    folder = export(mixed.out, tmp_path / 'x', f'--to={to}', *([f'--user={user}'] if to != 'base' else []))
     text, scope = (folder / 'README.md').read_text(), {}
     exec(re.search('```python\n(.*)```', text, re.S)[1], scope)
-    gpt, own = load_gpt(run.init_from), load_file(run.out / 'adapters' / 'user0.safetensors')
+    gpt = load_gpt(str(tiny.base))
     if to != 'base':  # its first expert alone
+        own = load_file(mixed.out / 'adapters' / f'user{user}.safetensors')
         export_file.merge(gpt, export_file.by_expert(own)['generalist-0'], 16)
+        assert f'{mixed.summary["test_ppl"][user]:.3f}' in text
     assert close(logits(scope['model']), logits(gpt))
-    assert str(run.out) in text and 'a token is a byte' in text
-    assert (f'{run.summary["test_ppl"][0]:.3f}' in text) == (to != 'base')
-    assert ('not one LoRA' in text) == (n == 2 and to == 'peft')
+    assert str(mixed.out) in text and str(tiny.base if to != 'peft' else folder / 'base') in text and 'docs/exports.md' in text
 
 
 # ---- the base --------------------------------------------------------------------------------------------------------
-def test_the_base_is_the_same_to_the_bit(train, export, tmp_path, capsys):
-    run = train('--n_experts=1', *FAR)
-    folder = export(run.out, tmp_path / 'base', '--to=base')
+def test_the_base_is_the_same_to_the_bit(mixed, tmp_path, capsys):
+    folder = export(mixed.out, tmp_path / 'base', '--to=base')
     base = load_gpt(str(folder))
-    assert fingerprint(base) == run.base_sha256 and close(logits(hub_model(folder)), logits(base))
-    named = export(run.out, tmp_path / 'peft', '--user=0', f'--base={folder}')  # named, and not written once more
+    assert fingerprint(base) == mixed.journal.identity['base'] and close(logits(hub_model(folder)), logits(base))
+    named = export(mixed.out, tmp_path / 'peft', '--user=0', f'--base={folder}')  # named, and not written once more
     assert json.loads((named / 'adapter_config.json').read_text())['base_model_name_or_path'] == str(folder)
-    assert not (named / 'base').exists() and close(logits(peft_model(named)), logits(model_of(run)))
-    merged = export(run.out, tmp_path / 'merged', '--user=0', '--to=merged', f'--base={folder}')
-    err = refused(capsys, export, run.out, tmp_path / 'x', '--user=0', f'--base={merged}')
+    assert not (named / 'base').exists() and close(logits(peft_model(named)), logits(model_of(mixed)))
+    merged = export(mixed.out, tmp_path / 'merged', '--user=0', '--to=merged', f'--base={folder}')
+    err = refused(capsys, export, mixed.out, tmp_path / 'x', '--user=0', f'--base={merged}')
     assert 'is not the base that' in err and not (tmp_path / 'x').exists()
-    assert 'is the base itself' in refused(capsys, export, run.out, folder, '--to=base', f'--base={folder}', '--overwrite')
+    assert 'is the base itself' in refused(capsys, export, mixed.out, folder, '--to=base', f'--base={folder}', '--overwrite')
 
 
-def test_gpt2_is_named_by_its_place_on_the_hub_and_not_loaded(train, export, tmp_path):
-    run = train('--n_experts=1', *FAR)
-    config = json.loads((run.out / 'config.json').read_text())
-    (run.out / 'config.json').write_text(json.dumps({**config, 'init_from': 'gpt2-medium'}))
-    folder = export(run.out, tmp_path / 'peft', '--user=0')
+def test_gpt2_is_named_by_its_place_on_the_hub_and_not_loaded(mixed, tmp_path):
+    run = shutil.copytree(mixed.out, tmp_path / 'run')
+    config = json.loads((run / 'config.json').read_text())
+    (run / 'config.json').write_text(json.dumps({**config, 'init_from': 'gpt2-medium'}))
+    folder = export(run, tmp_path / 'peft', '--user=0')
     assert json.loads((folder / 'adapter_config.json').read_text())['base_model_name_or_path'] == 'openai-community/gpt2-medium'
     assert sorted(f.name for f in folder.iterdir()) == ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
 
 
 # ---- runs and folders as they come -----------------------------------------------------------------------------------
-def test_an_unfinished_run_and_a_user_that_was_not_tested(train, export, tmp_path, capsys):
+def test_an_unfinished_run_and_a_user_that_was_not_tested(train, tmp_path, capsys):
     run = train('--n_experts=1', '--participation=0.6', '--test_users=1', *FAR)
-    took_part, tested = {*run.last_round}, {*run.tested}
-    other = next(iter(took_part - tested))
+    other = min({*run.fleet.last_round} - {*run.fleet.tested})
     folder = export(run.out, tmp_path / 'a', f'--user={other}')
     (run.out / 'summary.json').unlink()
     again = export(run.out, tmp_path / 'b', f'--user={other}')
@@ -219,23 +215,21 @@ def test_an_unfinished_run_and_a_user_that_was_not_tested(train, export, tmp_pat
     assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
     assert '(unfinished)' in (again / 'README.md').read_text() and '(unfinished)' not in (folder / 'README.md').read_text()
     run = train('--n_experts=1', '--participation=0.3', '--rounds=1', '--test_users=1', out='one')
-    absent = next(i for i in range(3) if i not in {*run.last_round, *run.tested})
+    absent = min({0, 1, 2} - {*run.fleet.last_round, *run.fleet.tested})
     assert 'has not taken part' in refused(capsys, export, run.out, tmp_path / 'c', f'--user={absent}')
 
 
-def test_overwriting_deletes_an_earlier_export_and_nothing_else(train, export, tmp_path, capsys):
-    run = train(*FAR)
-    folder = export(run.out, tmp_path / 'x', '--user=0')
+def test_overwriting_deletes_an_earlier_export_and_nothing_else(mixed, tmp_path, capsys):
+    folder = export(mixed.out, tmp_path / 'x', '--user=1')
     (folder / 'specialist-0' / 'mine.txt').write_text('mine')
-    assert 'is not empty: give --overwrite' in refused(capsys, export, run.out, folder, '--user=generalist')
-    export(run.out, folder, '--user=generalist', '--to=merged', '--overwrite')
+    assert 'is not empty: give --overwrite' in refused(capsys, export, mixed.out, folder, '--user=generalist')
+    export(mixed.out, folder, '--user=generalist', '--to=merged', '--overwrite')
     names = sorted(str(f.relative_to(folder)) for f in folder.rglob('*') if f.is_file())
     assert names == ['README.md', 'config.json', 'model.safetensors', 'specialist-0/mine.txt']
 
 
-def test_bad_input_is_one_line_and_writes_nothing(train, export, tmp_path, capsys):
-    run = train('--method=local', *FAR)
-    x = tmp_path / 'x'
+def test_bad_input_is_one_line_and_writes_nothing(train, tmp_path, capsys):
+    run, x = train('--method=local', '--rounds=1'), tmp_path / 'x'
     for given, message in (
         ((run.out, x), '--user=None: expected generalist, or one user of 0 (user 0), 1 (user 1), 2 (user 2)'),
         ((run.out, x, '--user=3'), '--user=3: expected'),
@@ -255,7 +249,7 @@ def test_bad_input_is_one_line_and_writes_nothing(train, export, tmp_path, capsy
 
 
 def test_it_needs_neither_peft_nor_transformers():
-    code = 'import sys, export; assert not {"peft", "transformers"} & set(sys.modules)'
+    code = 'import sys, tools.export; assert not {"peft", "transformers"} & set(sys.modules)'
     subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT)
 
 
@@ -302,15 +296,14 @@ def test_a_run_starts_as_the_base_with_the_adapter(train, adapter, tmp_path, tin
     for method in ('ffa_lora', 'fedsa_lora', 'hetlora', 'flexlora'):
         run = train(f'--method={method}', '--rounds=0', f'--init_adapter={folder}', out=method)
         assert all(close(logits(user.model), theirs) for user in run.users)
-        run.receive(run.users[0])  # and so does the server's copy
+        run.users[0].receive(run.server, 0)  # and so does the server's copy
         assert close(logits(run.users[0].model), theirs)
     for n, k in ((2, 1), (3, 2), (2, 2)):
         args = (f'--n_experts={n}', f'--n_generalists={k}', '--share_attention=False', '--rounds=0')
         run = train(*args, f'--init_adapter={folder}', out=f'run{n}{k}')
         assert close(logits(run.users[0].model), theirs) == (n == k)  # equal experts, however mixed; or a fresh specialist
     run = train('--rounds=0', f'--init_adapter={folder}', out='both')
-    generalist = models_of(run.out, load_gpt(str(tiny.base)))[2]
-    assert close(logits(generalist), theirs)
+    assert close(logits(open_run(run.out).generalist), theirs)
 
 
 def test_components_beyond_the_adapters_rank_can_learn(train, adapter):
@@ -323,23 +316,22 @@ def test_components_beyond_the_adapters_rank_can_learn(train, adapter):
     assert (after[name + '.B'][:, 4:] != 0).any(0).all()
 
 
-def test_there_and_back_are_the_same_tensors(train, export, tmp_path):
+def test_there_and_back_are_the_same_tensors(mixed, train, tmp_path):
     """A generalist exported and imported again is the same to the bit, and so is the run that starts from it."""
-    first = train(*FAR, out='first')
-    folder = export(first.out, tmp_path / 'peft', '--user=generalist')
+    folder = export(mixed.out, tmp_path / 'peft', '--user=generalist')
     again = train('--rounds=0', f'--init_adapter={folder}', out='again')
-    old, new = (load_file(run.out / 'adapters' / 'server.safetensors') for run in (first, again))
+    old, new = (load_file(run.out / 'adapters' / 'server.safetensors') for run in (mixed, again))
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
 
 
 def test_resuming_wants_the_same_adapter(train, adapter, capsys, tmp_path):
     folder, _ = adapter()
-    args = (f'--init_adapter={folder}', '--n_experts=1')
+    args = (f'--init_adapter={folder}', '--n_experts=1', '--rounds=1')
     whole = train(*args, out='whole')
     run = train(*args, '--participation=0.5', out='run')
-    assert json.loads((run.out / 'config.json').read_text())['adapter_sha256'] == whole.adapter_sha256
+    assert json.loads((run.out / 'config.json').read_text())['adapter_sha256'] == whole.fleet.adapter_sha256
     moved = folder.rename(tmp_path / 'moved')
-    given = ('--n_experts=1', '--participation=0.5', '--resume')
+    given = ('--n_experts=1', '--rounds=1', '--participation=0.5', '--resume')
     train(*given, f'--init_adapter={moved}')  # the same file elsewhere
     assert 'was made with another adapter' in refused(capsys, train, *given)
     other, _ = adapter('other', lora_alpha=11)
@@ -349,9 +341,9 @@ def test_resuming_wants_the_same_adapter(train, adapter, capsys, tmp_path):
 @pytest.mark.parametrize(
     'args, message',
     [
-        (['--method=local'], 'needs --n_generalists=1 or more'),
-        (['--method=flora'], 'not --aggregate=flora'),
-        (['--method=hetlora', '--lora_rank=4,6,8'], 'needs one --lora_rank for all users, not 4,6,8'),
+        (['--method=local'], 'give --n_generalists=1 or more'),
+        (['--method=flora'], 'not flora, whose LoRAs start anew'),
+        (['--method=hetlora', '--lora_rank=4,6,8'], '--lora_rank=4,6,8: its scaling depends on the rank: one for all users'),
         (['--lora_rank=2'], 'h.0.mlp.c_fc has rank 4, here it can have 2: raise --lora_rank'),
     ],
 )
@@ -424,7 +416,7 @@ def test_an_unfinished_run_cannot_say_what_those_who_wait_start_from(train, adap
     """Its files hold the users that took part; without an adapter the others are the base, with one they would be wrong."""
     folder, _ = adapter()
     run = train('--method=fedsa_lora', '--participation=0.3', '--rounds=1', f'--init_adapter={folder}')
-    assert len(models_of(run.out, load_gpt(run.init_from))[1]) == 3
+    assert len(open_run(run.out).models) == 3
     (run.out / 'summary.json').unlink()
     with pytest.raises(ValueError, match='let it finish'):
-        models_of(run.out, load_gpt(run.init_from))
+        open_run(run.out)

@@ -1,19 +1,26 @@
 """What a run shows: curves for TensorBoard and W&B out of the lines of metrics.jsonl, lines for a log file, and silence."""
 
+import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, refused
 from tqdm import tqdm
 
+import user
+from tools import curves
 
+
+# ---- tools/curves.py -------------------------------------------------------------------------------------------------
 def points(lines: list[dict]) -> dict[str, list[tuple]]:
     """{curve: [(step of the user or its router, value)]} that these lines of metrics.jsonl mean, spelled out kind by kind."""
     curves = {}
@@ -34,7 +41,7 @@ def points(lines: list[dict]) -> dict[str, list[tuple]]:
             what = f'{line["when"]}_{line["split"]}'
             point(f'{what}_loss', line, line['loss'])
             point(f'{what}_ppl', line, line['ppl'])
-            for layer, (generalist, _) in enumerate(line.get('scores', ())):
+            for layer, (generalist, *_) in enumerate(line.get('scores', ())):
                 name = f'{what}_generalist_share/user{line["user"]}_layer{layer}'
                 curves.setdefault(name, []).append((line['step'], generalist))
     return curves
@@ -47,44 +54,29 @@ def assert_the_same(curves: dict, lines: list[dict], number=lambda value: value)
     assert curves == expected
 
 
-def crash(monkeypatch, after: int) -> None:
-    """The next run dies at its batch number `after`."""
-    import data.stream
-
-    batches, get_batch = [], data.stream.get_batch
-
-    def dies(*args):
-        batches.append(args)
-        if len(batches) == after:
-            raise KeyboardInterrupt
-        return get_batch(*args)
-
-    monkeypatch.setattr(data.stream, 'get_batch', dies)
+def draw(run: Path, *args: str) -> None:
+    curves.main([str(run), *args])
 
 
-def test_tensorboard_has_what_the_metrics_file_has(train, tmp_path, monkeypatch):
-    """Read back with TensorBoard's own reader; float32 there. One that was open all the while sees no step twice after a
-    crash in the middle of a round and --resume."""
-    pytest.importorskip('tensorboard', reason='TensorBoard is an extra: pip install -r requirements-log.txt')
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+@pytest.fixture
+def boards(monkeypatch) -> list:
+    """Every SummaryWriter that is made, with .points {curve: [(step, value)]} and .closed, in place of TensorBoard's."""
+    made = []
 
-    def read(reader):
-        reader.Reload()
-        return {tag: [(e.step, e.value) for e in reader.Scalars(tag)] for tag in reader.Tags()['scalars']}
+    class Writer:
+        def __init__(self, folder, purge_step, flush_secs):
+            assert purge_step == 0 and folder.name == 'tensorboard'
+            self.points, self.closed = {}, False
+            made.append(self)
 
-    folder = tmp_path / 'run' / 'tensorboard'
-    with monkeypatch.context() as during:
-        crash(during, after=22)  # 12 batches a round: 2 expert and 2 router steps of 3 users
-        with pytest.raises(KeyboardInterrupt):
-            train('--tensorboard')
-    was_open = EventAccumulator(str(folder), size_guidance={'scalars': 0})
-    read(was_open)
-    run = train('--tensorboard', '--resume')
-    afresh = EventAccumulator(str(folder), size_guidance={'scalars': 0})
-    assert_the_same(read(afresh), run.lines, np.float32)
-    assert_the_same(read(was_open), run.lines, np.float32)
-    train('--overwrite')
-    assert not list(folder.iterdir())  # curves of a run that is gone would mislead
+        def add_scalar(self, name, value, step):
+            self.points.setdefault(name, []).append((step, value))
+
+        def close(self):
+            self.closed = True
+
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', SimpleNamespace(SummaryWriter=Writer))
+    return made
 
 
 @pytest.fixture
@@ -94,75 +86,162 @@ def wandb(monkeypatch):
 
     def init(**given):
         calls.append(given)
-        history = runs.setdefault(given['id'], {}) if given['resume'] else runs.update({given['id']: {}}) or runs[given['id']]
+        history = runs[given['id']] = {}
 
         def log(values, step):
             assert step not in history
             history[step] = values
 
         return SimpleNamespace(
-            step=max(history, default=-1) + 1, log=log, define_metric=lambda *a, **k: calls.append((a, k)), summary={},
-            finish=lambda: calls.append('finish'),
-        )  # fmt: skip
+            log=log, define_metric=lambda *a, **k: calls.append((a, k)), summary={}, finish=lambda: calls.append('finish')
+        )
 
     fake = SimpleNamespace(init=init, Error=type('Error', (Exception,), {}), runs=runs, calls=calls)
     monkeypatch.setitem(sys.modules, 'wandb', fake)
     return fake
 
 
-def test_wandb_gets_what_the_metrics_file_has(train, wandb, tmp_path, monkeypatch):
-    """One run for one folder, continued after a crash and sent no line twice; --overwrite begins it anew."""
+def test_curves_are_what_the_metrics_file_says(train, boards):
+    """Of a finished run, and of one that has done a part; drawing changes nothing of it."""
+    run = train()
+    before = {file: file.read_bytes() for file in run.out.rglob('*') if file.is_file()}
+    draw(run.out)
+    assert_the_same(boards[0].points, run.lines)
+    (run.out / 'summary.json').unlink()
+    draw(run.out, '--tensorboard')
+    assert boards[1].points == boards[0].points and boards[1].closed
+    assert all(file.read_bytes() == raw for file, raw in before.items() if file.exists())
+
+
+def test_curves_follow_a_run(finished, boards, wandb, tmp_path, monkeypatch):
+    """Line by line as they come, half a line not before its end; begun anew where a resumed run has cut off an unfinished
+    round; until the run has finished."""
+    run, path = shutil.copytree(finished.out, tmp_path / 'run'), tmp_path / 'run' / 'metrics.jsonl'
+    summary, raw = (run / 'summary.json').read_bytes(), path.read_bytes().splitlines(keepends=True)
+    (run / 'summary.json').unlink()
+    path.write_bytes(b''.join(raw[:20]) + raw[20][:9])
+    states = [raw[:21], raw[:30], raw[:24], raw[:40], raw]  # what the file holds at the next looks
+    drawn = []
+
+    def sleep(seconds):
+        drawn.append((len(boards), boards[-1].points == points(seen)))
+        now = states.pop(0)
+        seen[:] = map(json.loads, now)
+        path.write_bytes(b''.join(now))
+        if not states:
+            (run / 'summary.json').write_bytes(summary)
+
+    seen = [*map(json.loads, raw[:20])]
+    monkeypatch.setattr(curves.time, 'sleep', sleep)
+    draw(run, '--follow', '--tensorboard', '--wandb')
+    assert drawn == [(1, True), (1, True), (1, True), (2, True), (2, True)]
+    assert boards[1].points == points(finished.lines) and all(board.closed for board in boards)
+    assert len(wandb.runs) == 1 and wandb.calls.count('finish') == 2
+    assert [*wandb.runs.values()][0].keys() == {i for i, line in enumerate(finished.lines) if 'step' in line}
+
+
+def test_ctrl_c_keeps_what_is_drawn(finished, boards, tmp_path, monkeypatch):
+    run = shutil.copytree(finished.out, tmp_path / 'run')
+    (run / 'summary.json').unlink()
+
+    def sleep(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(curves.time, 'sleep', sleep)
+    draw(run, '--follow')
+    assert boards[0].closed and boards[0].points == points(finished.lines)
+
+
+def test_tensorboard_sees_no_step_twice(train, tmp_path, monkeypatch):
+    """Read back with TensorBoard's own reader; float32 there. One that was open all the while sees no step twice after a
+    crash in the middle of a round and --resume."""
+    pytest.importorskip('tensorboard', reason='TensorBoard is an extra: pip install -r requirements-log.txt')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def read(reader):
+        reader.Reload()
+        return {tag: [(e.step, e.value) for e in reader.Scalars(tag)] for tag in reader.Tags()['scalars']}
+
+    batches, get_batch = [], user.get_batch
+
+    def dies(*args):
+        batches.append(args)
+        if len(batches) == 22:  # 12 batches a round: 2 expert and 2 router steps of 3 users
+            raise KeyboardInterrupt
+        return get_batch(*args)
+
+    folder = tmp_path / 'run' / 'tensorboard'
     with monkeypatch.context() as during:
-        crash(during, after=22)
+        during.setattr(user, 'get_batch', dies)
         with pytest.raises(KeyboardInterrupt):
-            train('--wandb')
-    run = train('--wandb', '--resume')
-    again = train('--wandb', '--overwrite')
-    first, x_axis, second, _, end, third, *_ = wandb.calls
-    assert (first['resume'], second['resume'], third['resume']) == (None, 'allow', None) and len(wandb.runs) == 1
-    assert first['config'] == run.config | {'wandb': True, 'resume': False} and first['dir'] == tmp_path / 'run'
-    assert x_axis == (('*',), {'step_metric': 'user_step'}) and end == 'finish'
-    assert run.drawn.run.summary['mean_test_ppl'] == run.summary['mean_test_ppl']
-    curves = {}
+            train()
+    draw(tmp_path / 'run')
+    was_open = EventAccumulator(str(folder), size_guidance={'scalars': 0})
+    read(was_open)
+    run = train('--resume')
+    draw(run.out)
+    afresh = EventAccumulator(str(folder), size_guidance={'scalars': 0})
+    assert_the_same(read(afresh), run.lines, np.float32)
+    assert_the_same(read(was_open), run.lines, np.float32)
+    train('--overwrite')
+    assert not list(folder.iterdir())  # curves of a run that is gone would mislead
+
+
+def test_wandb_gets_what_the_metrics_file_has(train, wandb, tmp_path):
+    """One run for one folder, sent no line twice, and begun anew when it is drawn again."""
+    run = train()
+    draw(run.out, '--wandb')
+    draw(run.out, '--wandb')
+    first, x_axis, end, second, *_ = wandb.calls
+    assert first == second and len(wandb.runs) == 1 and end == 'finish'
+    assert first['config'] == json.loads((run.out / 'config.json').read_text())
+    assert (first['dir'], first['name'], first['project']) == (run.out, str(run.out), 'nanocomigs') and 'resume' not in first
+    assert x_axis == (('*',), {'step_metric': 'user_step'})
+    found = {}
     for _, values in sorted(wandb.runs[first['id']].items()):
         step = values.pop('user_step')
         for name, value in values.items():
-            curves.setdefault(name, []).append((step, value))
-    assert_the_same(curves, again.lines)
-    other = train('--wandb', out='other')
-    assert len(wandb.runs) == 2 and other.lines == run.lines == again.lines
+            found.setdefault(name, []).append((step, value))
+    assert_the_same(found, run.lines)
+    draw(shutil.copytree(run.out, tmp_path / 'other'), '--wandb')
+    assert len(wandb.runs) == 2
 
 
-def test_what_is_shown_changes_no_number(train, wandb, tmp_path):
-    """Nor whether a run may be continued: it is not part of what --resume compares."""
-    plain = train(out='plain')
-    shown = train('--wandb', '--quiet', out='shown')
-    files = [(tmp_path / out / 'metrics.jsonl').read_bytes() for out in ('plain', 'shown')]
-    assert files[0] == files[1] and plain.identity == shown.identity
-    train('--quiet', '--resume', out='plain')
+def test_wandb_gets_the_result(finished, wandb, tmp_path, monkeypatch):
+    made, init = [], wandb.init
+    monkeypatch.setattr(wandb, 'init', lambda **given: made.append(init(**given)) or made[0])
+    draw(shutil.copytree(finished.out, tmp_path / 'run'), '--wandb')
+    assert made[0].summary['mean_test_ppl'] == finished.summary['mean_test_ppl'] and made[0].summary['method'] == 'comigs_1gxs'
 
 
 @pytest.mark.parametrize('package', ['tensorboard', 'wandb'])
-def test_a_missing_package_is_said_first(train, package, tmp_path, capsys, monkeypatch):
+def test_a_missing_package_is_said_first(finished, package, capsys, monkeypatch):
     for name in [name for name in sys.modules if package in name.split('.')]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)  # importing it fails
-    with pytest.raises(SystemExit) as end:
-        train(f'--{package}')
-    err = capsys.readouterr().err
-    assert end.value.code == 2 and err.count('\n') == 1 and package in err and 'pip install -r requirements-log.txt' in err
-    assert not (tmp_path / 'run').exists()
+    err = refused(capsys, draw, finished.out, f'--{package}')
+    assert package in err and 'pip install -r requirements-log.txt' in err and not (finished.out / package).exists()
 
 
-def test_a_wandb_that_does_not_start(train, wandb, tmp_path, capsys):
+def test_what_cannot_be_drawn_is_one_line(finished, wandb, tmp_path, capsys):
     def init(**given):
         raise wandb.Error('no API key')
 
     wandb.init = init
-    with pytest.raises(SystemExit) as end:
-        train('--wandb')
-    assert end.value.code == 2 and capsys.readouterr().err.startswith('train.py: --wandb: no API key; WANDB_MODE=offline')
-    train()  # no run is there that would have to be overwritten
+    assert '--wandb: no API key; WANDB_MODE=offline' in refused(capsys, draw, finished.out, '--wandb')
+    assert 'is no run: it has no config.json' in refused(capsys, draw, tmp_path, '--wandb')
+    (tmp_path / 'config.json').write_text('{')
+    (tmp_path / 'metrics.jsonl').write_text('')
+    assert refused(capsys, draw, tmp_path, '--wandb')
+
+
+# ---- train.py --------------------------------------------------------------------------------------------------------
+def test_what_is_shown_changes_no_number(train, tmp_path):
+    """Nor whether a run may be continued: it is not part of what --resume compares."""
+    plain, quiet = train(out='plain'), train('--quiet', out='quiet')
+    files = [(tmp_path / out / 'metrics.jsonl').read_bytes() for out in ('plain', 'quiet')]
+    assert files[0] == files[1] and plain.journal.identity == quiet.journal.identity
+    train('--quiet', '--resume', out='plain')
 
 
 def test_a_log_file_has_a_line_for_every_round(train, capsys):
@@ -210,25 +289,23 @@ def test_quiet_leaves_the_table(train, capsys):
     assert not err and out.startswith('test perplexity  pretrained') and len(out.splitlines()) == 6  # 3 users, their mean
     with pytest.raises(SystemExit):
         train('--quiet', '--rounds=-1', out='other')
-    assert 'must not be negative' in capsys.readouterr().err  # errors are not hidden
+    assert '--rounds=-1' in capsys.readouterr().err  # errors are not hidden
 
 
-def test_a_terminal_has_a_bar(tiny, tmp_path):
+@pytest.mark.parametrize('quiet', [False, True])
+def test_a_terminal_has_a_bar(train, monkeypatch, capsys, quiet):
     """stderr is a terminal here: a bar with the time left and perplexity, no lines that stand for it; none with --quiet."""
-    args = ['--rounds=2', '--local_steps=2', '--batch_size=2', '--block_size=16', '--eval_every=1', '--device=cpu']
-    args += [f'--init_from={tiny.base}', f'--dataset={tiny.data}', f'--out_dir={tmp_path}/run', '--overwrite']
-    for quiet in (False, True):
-        ours, theirs = pty.openpty()
-        termios.tcsetwinsize(ours, (40, 150))
-        command = [sys.executable, 'train.py', *args, f'--quiet={quiet}']
-        done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=theirs)
-        os.close(theirs)
-        shown = b''
-        try:
-            while more := os.read(ours, 1 << 16):
-                shown += more
-        except OSError:  # all is read
-            pass
-        os.close(ours)
-        assert done.returncode == 0 and 'left' not in done.stdout
-        assert ('step/s' in shown.decode() and 'test ppl=' in shown.decode()) if not quiet else not shown
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(ours, (40, 150))
+    with open(theirs, 'w') as terminal, monkeypatch.context() as during:
+        during.setattr(sys, 'stderr', terminal)
+        train('--rounds=2', '--eval_every=1', f'--quiet={quiet}')
+    shown = b''
+    try:
+        while more := os.read(ours, 1 << 16):
+            shown += more
+    except OSError:  # all is read
+        pass
+    os.close(ours)
+    assert 'left' not in capsys.readouterr().out
+    assert ('step/s' in shown.decode() and 'test ppl=' in shown.decode()) if not quiet else not shown

@@ -1,16 +1,13 @@
-"""plot.py: what is drawn, with which labels, from files of runs that are made up here; and what is refused."""
+"""tools/plot.py: what is drawn, with which labels, from files of runs that are made up here; and what is refused."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
-from conftest import ROOT
 
-import plot
+from tools import plot
 
 
 @pytest.fixture
@@ -147,7 +144,7 @@ def test_a_run_draws_itself(place):
     assert [*lines_of(top)] == ['a (12.5 kB)', 'b (50 kB)'] and top.get_ylabel() == 'test perplexity (per byte)'
     assert [list(line.get_ydata()) for line in top.lines if line.get_label().startswith('_')] == [[9, 9], [9, 9]]
     assert {label: list(y) for label, (_, y) in lines_of(bottom).items()} == {'layer 0': [0.7, 0.7], 'layer 1': [0.4, 0.4]}
-    plot.run(run)
+    assert len(plot.run(run)) == 4
     assert sorted(file.name for file in run.iterdir() if file.suffix in ('.png', '.svg')) == [
         *('plot.png', 'plot.svg', 'trust.png', 'trust.svg')
     ]
@@ -165,20 +162,11 @@ def test_many_users_are_drawn_as_their_mean(place):
     assert ax.get_xlabel() == 'communication round' and ax.get_ylabel() == 'test perplexity'  # its data is gone: no unit
 
 
-def test_a_finished_run_does_not_fail_for_its_picture(place, capsys):
-    run = Path(pretend('out/a', [[6, 5]]))
-    (run / 'plot.png').mkdir()  # cannot be written
-    plot.run(run)
-    assert 'could not be drawn' in capsys.readouterr().out
-    (run / 'metrics.jsonl').write_text('')
-    plot.run(run)
-    assert capsys.readouterr() == ('', '')  # nobody was evaluated: nothing to draw, nothing to say
-
-
-def test_training_ends_with_the_picture_and_overwriting_removes_it(train):
-    out = train('--rounds=1', draw=True).out
-    assert (out / 'plot.png').exists() and (out / 'plot.svg').exists() and (out / 'summary.json').exists()
-    train('--rounds=0', '--overwrite')  # nothing to draw
+def test_a_run_that_is_overwritten_loses_its_pictures(train):
+    out = train('--rounds=1').out
+    assert not [*out.glob('plot.*')]  # a run draws nothing itself
+    assert all(file.exists() for file in plot.run(out)) and len([*out.glob('plot.*')]) == 2
+    train('--rounds=0', '--overwrite')
     assert not [*out.glob('plot.*')] and (out / 'summary.json').exists()
 
 
@@ -194,9 +182,9 @@ def test_nothing_is_clipped_and_nothing_is_small(place):
         ('fig9', runs[:1]),
         ('fig2', ['tiny']),
         ('trust', runs[:1]),
-        ('plot', runs[:1]),
+        ('run', runs[:1]),
     ):
-        with matplotlib.rc_context(plot.STYLE):
+        with matplotlib.style.context(plot.STYLE):
             fig = plot.PICTURES[kind](kind, given)
             fig.draw_without_rendering()
             box = fig.get_tightbbox()  # inches: of all that is drawn
@@ -206,31 +194,29 @@ def test_nothing_is_clipped_and_nothing_is_small(place):
 
 def test_the_same_input_is_the_same_bytes(place):
     run = pretend('out/a', [[6, 5], [4, 3]], scores=[[0.7, 0.3], [0.4, 0.6]])
-    names = {kind: ('tiny' if kind == 'fig2' else run) for kind in ('fig2', 'fig3', 'fig4', 'fig9', 'plot')}
+    names = {kind: ('tiny' if kind == 'fig2' else run) for kind in ('fig2', 'fig4', 'fig9', 'run')}
     first, second = ([plot.draw(kind, [of], Path(f'{n}/{kind}.png')) for kind, of in names.items()] for n in 'xy')
     for one, other in zip(sum(first, []), sum(second, [])):
         assert one.read_bytes() == other.read_bytes() and one.stat().st_size < 200_000, one
-    svg = Path('x/fig3.svg').read_text()
+    svg = Path('x/fig4.svg').read_text()
     assert '<svg' in svg and 'dc:date' not in svg
 
 
-def test_the_command_line(place):
+def test_the_command_line(place, capsys):
     run, other = pretend('out/a', [[6, 5]]), pretend('out/b', [[6, 5]], method='local')
-    command = [sys.executable, str(ROOT / 'plot.py')]
-    done = subprocess.run([*command, 'fig3', run, other, '--out=here/x.png'], capture_output=True, text=True)
-    assert done.stdout == 'here/x.png\nhere/x.svg\n' and Path('here/x.png').read_bytes()[:4] == b'\x89PNG'
-    plot.main([run, other])
+    plot.main(['fig3', run, other, '--out=here/x.png'])
+    assert capsys.readouterr().out == 'here/x.png\nhere/x.svg\n' and Path('here/x.png').read_bytes()[:4] == b'\x89PNG'
+    plot.main(['run', run, other])
     assert all(Path(folder, file).exists() for folder in (run, other) for file in ('plot.png', 'plot.svg'))
 
 
 @pytest.mark.parametrize(
     'argv, says',
     [
-        (['fig3', 'out/none'], 'out/none is no run'),
-        (['out/a', 'out/none'], 'out/none is no run'),
-        (['fig3'], 'which runs?'),
-        (['fig2'], 'which data sets?'),
-        (['fig2', 'nowhere'], 'there is no data/nowhere/meta.json'),
+        (['fig3', 'out/none'], 'out/none/config.json cannot be read'),
+        (['run', 'out/a', 'out/none'], 'out/none/config.json cannot be read'),
+        (['fig3'], 'required: RUN'),
+        (['fig2', 'nowhere'], 'data/nowhere/meta.json cannot be read'),
         (['fig4', 'out/a'], 'out/a has no scores of experts'),
         (['fig4', 'out/scores', 'out/scores-2g'], 'draws one experiment'),
         (['fig3', 'out/a', 'out/mixture'], 'out/a and out/mixture cannot be compared: target is own and mixture'),
@@ -240,8 +226,8 @@ def test_the_command_line(place):
         (['fig3', 'out/broken'], 'out/broken/metrics.jsonl cannot be read'),
         (['trust', 'out/a'], 'out/a has no trust matrices'),
         (['trust', 'out/a', 'out/scores'], 'draws one run'),
-        (['fig5', 'out/a'], 'fig5 is no run'),
-        (['fig3', 'out/a', '--dpi=3'], 'unknown switch --dpi=3; known: --out=FILE.png'),
+        (['fig5', 'out/a'], "invalid choice: 'fig5'"),
+        (['fig3', 'out/a', '--dpi=3'], 'unrecognized arguments: --dpi=3'),
     ],
 )
 def test_bad_input_is_one_line(argv, says, place, capsys):

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -17,13 +18,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT, SHARED
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from data import prepare, sources  # noqa: E402
-from data.stream import SPLITS, encoding, load_dataset  # noqa: E402
+from data import prepare, sources
+from data.stream import SPLITS, Texts, encoding, overlap, write_streams
 
-SHARED = ROOT.parent / 'shared'
 LANGUAGES, SOURCES = ('de', 'nl', 'fr', 'it'), ('StackExchange', 'Github', 'ArXiv', 'Book')
 SMALL = ['--train_tokens=1500', '--valid_tokens=400', '--test_tokens=400', '--tokenizer=bytes']
 
@@ -61,9 +60,8 @@ def save(file, rows):
         with open(file, 'w', encoding='utf-8', newline='') as out:
             writer = csv.DictWriter(out, rows[0])
             writer.writeheader()
-            writer.writerows(
-                {key: json.dumps(value) if isinstance(value, dict) else value for key, value in row.items()} for row in rows
-            )
+            for row in rows:
+                writer.writerow({key: json.dumps(value) if isinstance(value, dict) else value for key, value in row.items()})
     else:
         with (gzip.open if file.suffix == '.gz' else open)(file, 'wt', encoding='utf-8') as out:
             out.writelines(json.dumps(row) + '\n' for row in rows)
@@ -84,20 +82,31 @@ def find_vocabulary(monkeypatch):
 
 
 def run(*argv):
-    return prepare.main([str(argument) for argument in argv])
+    """data/prepare.py's exit status."""
+    try:
+        prepare.main([str(argument) for argument in argv])
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+@pytest.fixture(autouse=True)
+def name_of_command(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['data/prepare.py'])
 
 
 def read(folder, tokenizer='bytes'):
     """meta.json and {(user, split): its documents}, through the reader that training uses."""
     enc = encoding(tokenizer)
-    meta, streams = load_dataset(folder, 8, enc.n_vocab)
-    texts = {
-        (i, split): enc.decode_bytes(user[split].tolist()).decode('utf-8', 'ignore')
-        for i, user in enumerate(streams)
-        for split in SPLITS
-    }
-    assert all(text.startswith('<') for text in texts.values())
-    return meta, {key: ('\0' + text).replace(meta['separator'] + '<', '\0<').split('\0')[1:] for key, text in texts.items()}
+    written, found = Texts(folder, 8, enc.n_vocab), {}
+    for i in range(len(written.names)):
+        streams = written.of(i)
+        assert written.meta['overlap'][i] == overlap(streams['train'], streams['valid'])
+        for split in SPLITS:
+            text = enc.decode_bytes(streams[split].tolist()).decode('utf-8', 'ignore')
+            assert text.startswith('<')
+            found[i, split] = ('\0' + text).replace(written.meta['separator'] + '<', '\0<').split('\0')[1:]
+    return written.meta, found
 
 
 def hashes(folder):
@@ -154,7 +163,7 @@ def test_gpt2_stream_is_the_joined_text(separator, monkeypatch):
     spool, kept = io.BytesIO(), []
     pools = prepare.fill([('x', zip(itertools.repeat(0), texts), (0,))], ['x'], asked, shares, enc, separator, None, spool)
     for part in prepare.deal(pools, asked, shares, 0).values():
-        tokens = np.concatenate(list(prepare.documents_in(spool, part, enc, separator)))
+        tokens = np.concatenate(list(prepare.documents_in(spool, part, 1000, enc, separator)))
         joined = enc.decode(tokens.tolist())
         assert tokens.tolist() == enc.encode_ordinary(joined) and not joined.startswith(separator)
         kept.append(joined)
@@ -177,17 +186,9 @@ def test_tokens_of_many_texts_are_those_of_each(name, monkeypatch):
 
 def test_sizes_per_user(tmp_path, capsys):
     """N,N,N,N is one size per user, in order; the paper's Table 3 is printed beside them."""
-    run(
-        'multilingual',
-        '--source',
-        source_of('multilingual', tmp_path / 'in'),
-        '--out_root',
-        tmp_path,
-        '--train_tokens=100,200,300,400',
-        '--valid_tokens=50',
-        '--test_tokens=60',
-        '--tokenizer=bytes',
-    )
+    source = source_of('multilingual', tmp_path / 'in')
+    sizes = ['--train_tokens=100,200,300,400', '--valid_tokens=50', '--test_tokens=60', '--tokenizer=bytes']
+    run('multilingual', '--source', source, '--out_root', tmp_path, *sizes)
     meta, _ = read(tmp_path / 'multilingual')
     assert [list(user['tokens'].values()) for user in meta['users']] == [[n, 50, 60] for n in (100, 200, 300, 400)]
     out = capsys.readouterr().out
@@ -195,14 +196,15 @@ def test_sizes_per_user(tmp_path, capsys):
 
 
 def test_too_little_text_is_said(tmp_path, capsys):
-    """With less text than asked every split shrinks alike, and one line per user says so."""
+    """With less text than asked every split shrinks alike, and every user's row says so."""
     asked = ['--train_tokens=8000', '--valid_tokens=1000', '--test_tokens=1000', '--tokenizer=bytes']
     assert run('multilingual', '--source', source_of('multilingual', tmp_path / 'in'), '--out_root', tmp_path, *asked) == 0
     meta, found = read(tmp_path / 'multilingual')
     out = capsys.readouterr().out
+    assert '4 of 4 users have fewer tokens than asked; there is no more text (de: ' in out
     for i, user in enumerate(meta['users']):
         n = user['tokens']
-        assert f'user {i} ({user["name"]}) has fewer tokens than asked: train {n["train"]:,} of 8,000, valid' in out
+        assert re.search(rf'^{i} +{user["name"]} .* {n["train"]:,} of 8,000 +{n["valid"]:,} of 1,000 ', out, re.M)
         assert 0.07 < n['valid'] / sum(n.values()) < 0.14 and 0.07 < n['test'] / sum(n.values()) < 0.14
         assert sum(len(found[i, split]) for split in SPLITS) == 120  # nothing is wasted
     assert_disjoint(found)
@@ -212,18 +214,8 @@ def test_duplicates_and_empty_documents(tmp_path):
     """Empty rows go; a text that occurs again, in whatever user's file, is kept once."""
     folder = source_of('multilingual', tmp_path / 'in', '.jsonl')
     for user in LANGUAGES:
-        rows = [
-            {'text': text}
-            for text in (
-                '',
-                '   ',
-                None,
-                '  <shared.0> the same everywhere \n',
-                f'<{user}.half> a pair \ud83d',
-                *documents(user, 20) * 2,
-            )
-        ]
-        save(folder / f'{user}.jsonl', rows)
+        odd = ['', '   ', None, '  <shared.0> the same everywhere \n', f'<{user}.half> a pair \ud83d']
+        save(folder / f'{user}.jsonl', [{'text': text} for text in (*odd, *documents(user, 20) * 2)])
     run('multilingual', '--source', folder, '--out_root', tmp_path, *SMALL)
     _, found = read(tmp_path / 'multilingual')
     assert_disjoint(found)
@@ -259,12 +251,8 @@ def test_agnews_test_rows(tmp_path):
     meta, found = read(tmp_path / 'agnews')
     assert meta['source'] == ['train.csv', 'test.jsonl']
     assert_disjoint(found)
-    assert all(
-        text.startswith('<news.' if split == 'train' else '<later.')
-        for (_, split), texts in found.items()
-        for text in texts
-        if '>' in text
-    )
+    for (_, split), texts in found.items():
+        assert all(text.startswith('<news.' if split == 'train' else '<later.') for text in texts if '>' in text)
 
 
 def test_wiki40b_markers():
@@ -325,7 +313,7 @@ def test_three_hundred_users(tmp_path, capsys):
     size = ['--train_tokens=400', '--valid_tokens=100', '--test_tokens=100', '--tokenizer=bytes', '--users=300', '--alpha=0.3']
     assert run('agnews', '--source', tmp_path / 'in', '--out_root', tmp_path, *size) == 0
     out = capsys.readouterr().out
-    assert len(out.splitlines()) == 10 and 'fewer' not in out
+    assert len(out.splitlines()) == 11 and 'fewer' not in out
     assert re.search(r'median of 300 users( +\d+){3} +400 +100 +100\n', out)
     meta, found = read(tmp_path / 'agnews')
     assert_disjoint(found)
@@ -334,11 +322,9 @@ def test_three_hundred_users(tmp_path, capsys):
     errors = []  # tokens
     for (i, split), texts in found.items():
         size = 400 if split == 'train' else 100
-        held = np.bincount(
-            [label[text[: text.index('>') + 1]] for text in texts if '>' in text],
-            [len(text.encode()) + 1 for text in texts if '>' in text],
-            4,
-        )
+        whole = [text for text in texts if '>' in text]
+        labels, lengths = [label[text[: text.index('>') + 1]] for text in whole], [len(text.encode()) + 1 for text in whole]
+        held = np.bincount(labels, lengths, 4)
         errors.append(np.abs(held / size - shares[i]).max() * size)
         assert meta['users'][i]['tokens'][split] == size
         assert f'{shares[i].max():.0%} {sources.CATEGORIES["agnews"][shares[i].argmax()]}' in meta['users'][i]['name']
@@ -377,10 +363,10 @@ def test_memory_does_not_grow_with_the_source(tmp_path):
         tracemalloc.stop()
         return peak
 
-    small, large = peak(1000), peak(4000)  # 4.4 and 17.6 MB, twice as much as tokens
-    assert 2_000_000 < small and large < small + 3000 * 300
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['1000', '4000', 'out1000', 'out4000']
-    assert sum(sum(user['tokens'].values()) for user in read(tmp_path / 'out4000')[0]['users']) > 4000 * 4400
+    small, large = peak(600), peak(2400)  # 2.6 and 10.6 MB, twice as much as tokens
+    assert 2_000_000 < small and large < small + 1800 * 300
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['2400', '600', 'out2400', 'out600']
+    assert sum(sum(user['tokens'].values()) for user in read(tmp_path / 'out2400')[0]['users']) > 2400 * 4400
 
 
 # ---- local, demo, base ----------------------------------------------------------------------------------------------
@@ -403,22 +389,17 @@ def test_local(tmp_path):
         assert user['documents'] == {split: len(found[i, split]) for split in SPLITS}
 
 
-def folder_of(user, names, texts, more='\n\nsecond paragraph\n'):
-    """A user's folder, made in the order of `names`."""
-    for name, text in zip(names, texts, strict=True):
-        (user / name).parent.mkdir(parents=True, exist_ok=True)
-        (user / name).write_bytes((text + more).encode())
-
-
 NAMES = [f'{folder}{i}{suffix}' for i in range(4) for folder in ('', 'a/', 'a/b c/') for suffix in ('.md', '.py', '', '.TXT')]
 
 
 def test_local_reads_all_text_of_a_folder(tmp_path, capsys):
     """Of whatever suffix and depth; a file is a document, BOM or not, a .jsonl row is one; hidden and empty ones are none."""
     for user in ('ann', 'ben'):
-        folder_of(tmp_path / 'in' / user, NAMES, documents(user, len(NAMES)))
+        texts = [f'{text}\n\nsecond paragraph\n' for text in documents(user, len(NAMES))]
+        place(tmp_path / 'in' / user, dict(zip(NAMES, texts)))
         save(tmp_path / 'in' / user / 'a' / 'rows.jsonl', [{'text': text} for text in documents(f'{user} row', 20)])
-    folder_of(tmp_path / 'in/ann', ['bom.html', '.x', '.git/x', 'a/.git/y', 'empty.py'], ['\ufeff<bom>', *'zzz', ''], '')
+    odd = {'bom.html': '\ufeff<bom>', '.x': 'z', '.git/x': 'z', 'a/.git/y': 'z', 'empty.py': ''}
+    place(tmp_path / 'in' / 'ann', odd)
     assert run('local', '--source', tmp_path / 'in', '--out_root', tmp_path, '--tokenizer=bytes', '--name=mine') == 0
     meta, found = read(tmp_path / 'mine')
     for i, user in enumerate(('ann', 'ben')):
@@ -432,9 +413,9 @@ def test_local_reads_all_text_of_a_folder(tmp_path, capsys):
 def test_local_is_the_same_whatever_the_order_on_disk(tmp_path, monkeypatch):
     """Files are taken by their path with slashes, compared character by character: a-b before a/ and Z before a."""
     names, walk, iterdir = [*NAMES, 'a-b', 'Z', 'a.md', 'é'], os.walk, Path.iterdir
-    texts = documents('x', len(names))
-    folder_of(tmp_path / '1' / 'ann', names, texts)
-    folder_of(tmp_path / '2' / 'ann', names[::-1], texts[::-1])
+    texts = dict(zip(names, documents('x', len(names))))
+    place(tmp_path / '1' / 'ann', texts)
+    place(tmp_path / '2' / 'ann', dict(reversed(texts.items())))
     assert run('local', '--source', tmp_path / '1', '--out_root', tmp_path, '--tokenizer=bytes', '--name=one') == 0
 
     def other(*args, **options):
@@ -456,7 +437,7 @@ def test_local_cuts_few_files_into_paragraphs(tmp_path):
     """Nine texts, of any kind: their paragraphs are documents; with a tenth, each file is."""
     for n in (9, 10):
         names = [f'{i}{".md" if i % 2 else ".txt"}' for i in range(n)]
-        folder_of(tmp_path / str(n) / 'ann', names, ['<1>\n\n<2>', *documents('x', n - 1)], '')
+        place(tmp_path / str(n) / 'ann', dict(zip(names, ['<1>\n\n<2>', *documents('x', n - 1)])))
         documents_of_ann = [text.strip() for _, text in sources.open_local({'source': tmp_path / str(n)})[1][0][1]]
         assert documents_of_ann[: 11 - n] == (['<1>', '<2>'] if n == 9 else ['<1>\n\n<2>'])
         assert len(documents_of_ann) == 10
@@ -465,13 +446,10 @@ def test_local_cuts_few_files_into_paragraphs(tmp_path):
 def test_local_says_what_it_does_not_read(tmp_path, capsys):
     """What is no UTF-8 text is left out: one line a user. Links to folders are not followed, so a loop ends."""
     for user in ('ann', 'ben'):
-        folder_of(tmp_path / 'in' / user, NAMES, documents(user, len(NAMES)), '')
-    ann = tmp_path / 'in' / 'ann'
-    (ann / 'a' / 'photo.jpg').write_bytes(b'\xff\xd8\xff\xe0 never read')
-    (ann / 'latin.txt').write_bytes('<never> read: wörds'.encode('latin1'))
-    (ann / 'zero.bin').write_bytes(b'<never> read\0')
-    (ann / 'late').write_bytes(b'<never> ' * 2**18 + b'\xff')  # not UTF-8, only after two million bytes of it
-    (ann / '.hidden.jpg').write_bytes(b'\xff')
+        place(tmp_path / 'in' / user, dict(zip(NAMES, documents(user, len(NAMES)))))
+    ann, late = tmp_path / 'in' / 'ann', b'<never> ' * 2**18 + b'\xff'  # not UTF-8, only after two million bytes of it
+    odd = {'a/photo.jpg': b'\xff\xd8\xff\xe0 never read', 'latin.txt': '<never> read: wörds'.encode('latin1')}
+    place(ann, odd | {'zero.bin': b'<never> read\0', 'late': late, '.hidden.jpg': b'\xff'})
     (ann / 'a' / 'loop').symlink_to(ann)
     (ann / 'self.md').symlink_to('self.md')
     (ann / 'link.md').symlink_to(ann / NAMES[0])
@@ -503,22 +481,17 @@ def test_demo_and_base(tmp_path, monkeypatch):
     """demo: the installed users, its sizes, more users. base: Wikipedia and the installed text that demo leaves."""
     users = {name: documents(name) for name in ('one', 'two')}
     monkeypatch.setattr(sources, 'demo_documents', lambda: users)
-    monkeypatch.setattr(
-        sources, 'many_documents', lambda chars, least, mixed: {'three': documents(f'three-{chars}-{least}-{mixed}', 4000)}
-    )
-    monkeypatch.setattr(
-        sources,
-        'base_documents',
-        lambda exclude: {'code': documents('code', 300)} if exclude == sum(users.values(), []) else {},
-    )
-    monkeypatch.setitem(prepare.SETS['demo'], 'tokens', {'train': (500, 700), 'valid': (200,), 'test': (300,)})
+    monkeypatch.setattr(sources, 'many_documents', lambda *asked: {'three': documents(f'three-{asked}', 4000)})
+    code = {'code': documents('code', 300)}
+    monkeypatch.setattr(sources, 'base_documents', lambda exclude: code if exclude == sum(users.values(), []) else {})
+    monkeypatch.setitem(prepare.SETS['demo'], 'tokens', ((500, 200, 300), (700, 200, 300)))
     assert run('demo', '--out_root', tmp_path) == 0
     meta, found = read(tmp_path / 'demo')
     assert [list(user['tokens'].values()) for user in meta['users']] == [[500, 200, 300], [700, 200, 300]]
     assert all(text[1:4] == ('one', 'two')[i] for (i, _), texts in found.items() for text in texts if len(text) > 4)
     assert run('demo', '--out_root', tmp_path, '--name=many', '--users=40', '--alpha=1') == 0
     meta, found = read(tmp_path / 'many')
-    assert len(meta['users']) == 40 and found[39, 'test'][0].startswith(f'<three-{20 * 1200 + 20 * 1000}-200-True.')
+    assert len(meta['users']) == 40 and found[39, 'test'][0].startswith(f'<three-{20 * 1200 + 20 * 1000, 200, True}.')
     save(tmp_path / 'wiki.jsonl.gz', [{'text': text} for text in documents('wiki', 500)])
     assert run('base', '--source', tmp_path / 'wiki.jsonl.gz', '--out_root', tmp_path) == 0
     meta, found = read(tmp_path / 'base')
@@ -546,6 +519,7 @@ def hub(monkeypatch):
     fake = ModuleType('hub')
     fake.rows, fake.asked = {}, []
     monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+    monkeypatch.setattr(sources, 'BUFFER', 200)
     return fake
 
 
@@ -620,114 +594,77 @@ def test_hub_unreachable(moment, hub, tmp_path, capsys):
 # ---- bad input, interruption ----------------------------------------------------------------------------------------
 
 
-def corrupt(file):
-    save(file, ROWS['agnews']['train'])
-    raw = file.read_bytes()
-    file.write_bytes(raw[: len(raw) // 2 - 9])
+def place(folder, files):
+    """Files of a source: rows, text or bytes; the rows of agnews if None, cut in the middle."""
+    for name, content in files.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, str | bytes):
+            file.write_bytes(content.encode() if isinstance(content, str) else content)
+        else:
+            save(file, ROWS['agnews']['train'] if content is None else content)
+        if content is None:
+            raw = file.read_bytes()
+            file.write_bytes(raw[: len(raw) // 2 - 9])
 
 
-BAD = {  # what is wrong: (arguments, words of the message, what to do to the source folder)
-    'unknown set': (['weather'], 'invalid choice', None),
-    'unknown option': (['agnews', '--tokens=3'], '--tokens=3', None),
-    'not a number': (['agnews', '--users=two'], "'two'", None),
-    'no source': (['agnews', '--source=IN/nowhere'], 'does not exist', None),
-    'empty source': (['slimpajama', '--source=IN'], 'train.jsonl', None),
-    'other format': (['agnews', '--source=IN/a.doc'], '.jsonl', lambda folder: (folder / 'a.doc').write_text('x')),
-    'language missing': (['multilingual', '--source=IN'], 'de.jsonl', lambda folder: save(folder / 'nl.csv', [{'text': 'x'}])),
-    'languages in a file': (['multilingual', '--source=IN/a.jsonl'], 'folder', lambda folder: save(folder / 'a.jsonl', [{}])),
-    'no text column': (
-        ['agnews', '--source=IN'],
-        "'text' (there are: body, label)",
-        lambda folder: save(folder / 'train.parquet', [{'body': 'x', 'label': 0}]),
-    ),
-    'no label column': (['agnews', '--source=IN'], "'label'", lambda folder: save(folder / 'train.csv', [{'text': 'x'}])),
-    'unknown label': (['agnews', '--source=IN'], "'7'", lambda folder: save(folder / 'train.csv', [{'text': 'x', 'label': 7}])),
-    'text is no text': (
-        ['agnews', '--source=IN'],
-        'list',
-        lambda folder: save(folder / 'train.jsonl', [{'text': [], 'label': 0}]),
-    ),
-    'no meta column': (['slimpajama', '--source=IN'], "'meta'", lambda folder: save(folder / 'train.jsonl', [{'text': 'x'}])),
-    'odd meta': (
-        ['slimpajama', '--source=IN'],
-        'redpajama_set_name',
-        lambda folder: save(folder / 'train.jsonl', [{'text': 'x', 'meta': 'Book'}]),
-    ),
-    'category without rows': (
-        ['agnews', '--source=IN'],
-        'no documents of Sports',
-        lambda folder: save(folder / 'train.jsonl', [{'text': str(i), 'label': 0} for i in range(9)]),
-    ),
-    'no rows': (['agnews', '--source=IN'], 'no documents', lambda folder: save(folder / 'train.jsonl', [])),
-    'too few documents': (
-        ['agnews', '--source=IN'],
-        'empty',
-        lambda folder: save(folder / 'train.jsonl', ROWS['agnews']['train'][:8]),
-    ),
-    'truncated gzip': (['agnews', '--source=IN'], 'train.jsonl.gz', lambda folder: corrupt(folder / 'train.jsonl.gz')),
-    'truncated parquet': (['agnews', '--source=IN'], 'train.parquet', lambda folder: corrupt(folder / 'train.parquet')),
-    'truncated json': (['agnews', '--source=IN'], 'train.jsonl', lambda folder: corrupt(folder / 'train.jsonl')),
-    'not gzip': (['agnews', '--source=IN'], 'train.jsonl.gz', lambda folder: (folder / 'train.jsonl.gz').write_text('text')),
-    'not UTF-8': (['local', '--source=IN'], 'a.txt', lambda folder: (folder / 'a.txt').write_bytes(b'\xff\xfe\xfd')),
-    'not an object': (
-        ['agnews', '--source=IN'],
-        'not a JSON object',
-        lambda folder: (folder / 'train.jsonl').write_text('[1]\n'),
-    ),
-    'sizes of 3 users': (['agnews', '--source=IN', '--valid_tokens=9,9,9'], '--valid_tokens=9,9,9', 'agnews'),
-    'size is no number': (['agnews', '--source=IN', '--train_tokens=1e6'], '--train_tokens=1e6', 'agnews'),
-    'size of zero': (['agnews', '--source=IN', '--test_tokens=9,9,9,0'], '--test_tokens', 'agnews'),
-    'negative size': (['agnews', '--source=IN', '--test_tokens=-5'], '--test_tokens', 'agnews'),
-    'no alpha': (['agnews', '--source=IN', '--users=5'], '--alpha', 'agnews'),
-    'alpha of zero': (['agnews', '--source=IN', '--users=5', '--alpha=0'], '--alpha', 'agnews'),
-    'alpha is nan': (['agnews', '--source=IN', '--alpha=nan'], '--alpha', 'agnews'),
-    'no users': (['agnews', '--source=IN', '--users=0'], '--users', 'agnews'),
-    'negative seed': (['agnews', '--source=IN', '--seed=-1'], '--seed', 'agnews'),
-    'name with a slash': (['agnews', '--source=IN', '--name=../x'], '--name', 'agnews'),
-    'local without source': (['local'], '--source', None),
-    'local without users': (['local', '--source=IN'], 'found: none', None),
-    'local twice the same': (
-        ['local', '--source=IN'],
-        'a.csv, a.txt',
-        lambda folder: [(folder / name).write_text('x') for name in ('a.txt', 'a.csv')],
-    ),
-    'local beside folders': (
-        ['local', '--source=IN'],
-        'in/notes.txt lies beside sub-folders',
-        lambda folder: [(folder / 'ann').mkdir(), (folder / 'notes.txt').write_text('x')],
-    ),
-    'local of another format': (
-        ['local', '--source=IN'],
-        'in/b.md is no .jsonl',
-        lambda folder: [(folder / name).write_text('x') for name in ('a.txt', 'b.md')],
-    ),
-    'local deep json': (
-        ['local', '--source=IN'],
-        'in/ann/old/a.jsonl cannot be read',
-        lambda folder: folder_of(folder / 'ann', ['old/a.jsonl'], ['{']),
-    ),
-    'local deep column': (
-        ['local', '--source=IN'],
-        "in/ann/old/a.csv: no column 'text' (there are: x)",
-        lambda folder: folder_of(folder / 'ann', ['old/a.csv'], ['x\n1\n']),
-    ),
-    'local without text': (
-        ['local', '--source=IN'],
-        'no documents of ann',
-        lambda folder: folder_of(folder / 'ann', ['empty.md'], [''], ''),
-    ),
-    'demo with source': (['demo', '--source=IN'], '--source', None),
+# what is wrong: (arguments, words of the message, files of the source: agnews' own if not given)
+# fmt: off
+BAD = {
+    'unknown set': ('weather', 'invalid choice'),
+    'unknown option': ('agnews --tokens=3', '--tokens=3'),
+    'not a number': ('agnews --users=two', "'two'"),
+    'no source': ('agnews --source=IN/nowhere', 'does not exist'),
+    'empty source': ('slimpajama --source=IN', 'train.jsonl', {}),
+    'other format': ('agnews --source=IN/a.doc', '.jsonl', {'a.doc': 'x'}),
+    'language missing': ('multilingual --source=IN', 'de.jsonl', {'nl.csv': [{'text': 'x'}]}),
+    'languages in a file': ('multilingual --source=IN/a.jsonl', 'folder', {'a.jsonl': [{}]}),
+    'no text column': ('agnews --source=IN', "'text' (there are: body, label)", {'train.parquet': [{'body': 'x', 'label': 0}]}),
+    'no label column': ('agnews --source=IN', "'label'", {'train.csv': [{'text': 'x'}]}),
+    'unknown label': ('agnews --source=IN', "'7'", {'train.csv': [{'text': 'x', 'label': 7}]}),
+    'text is no text': ('agnews --source=IN', 'list', {'train.jsonl': [{'text': [], 'label': 0}]}),
+    'no meta column': ('slimpajama --source=IN', "'meta'", {'train.jsonl': [{'text': 'x'}]}),
+    'odd meta': ('slimpajama --source=IN', 'redpajama_set_name', {'train.jsonl': [{'text': 'x', 'meta': 'Book'}]}),
+    'category without rows': ('agnews --source=IN', 'no documents of Sports',
+                              {'train.jsonl': [{'text': str(i), 'label': 0} for i in range(9)]}),
+    'no rows': ('agnews --source=IN', 'no documents', {'train.jsonl': []}),
+    'too few documents': ('agnews --source=IN', 'empty', {'train.jsonl': ROWS['agnews']['train'][:8]}),
+    'truncated gzip': ('agnews --source=IN', 'train.jsonl.gz', {'train.jsonl.gz': None}),
+    'truncated parquet': ('agnews --source=IN', 'train.parquet', {'train.parquet': None}),
+    'truncated json': ('agnews --source=IN', 'train.jsonl', {'train.jsonl': None}),
+    'not gzip': ('agnews --source=IN', 'train.jsonl.gz', {'train.jsonl.gz': 'text'}),
+    'not UTF-8': ('local --source=IN', 'a.txt', {'a.txt': b'\xff\xfe\xfd'}),
+    'not an object': ('agnews --source=IN', 'not a JSON object', {'train.jsonl': '[1]\n'}),
+    'sizes of 3 users': ('agnews --source=IN --valid_tokens=9,9,9', '--valid_tokens=9,9,9'),
+    'size is no number': ('agnews --source=IN --train_tokens=1e6', '--train_tokens=1e6'),
+    'size of zero': ('agnews --source=IN --test_tokens=9,9,9,0', '--test_tokens'),
+    'negative size': ('agnews --source=IN --test_tokens=-5', '--test_tokens'),
+    'no alpha': ('agnews --source=IN --users=5', '--alpha'),
+    'alpha of zero': ('agnews --source=IN --users=5 --alpha=0', '--alpha'),
+    'alpha is nan': ('agnews --source=IN --alpha=nan', '--alpha'),
+    'no users': ('agnews --source=IN --users=0', '--users'),
+    'negative seed': ('agnews --source=IN --seed=-1', '--seed'),
+    'name with a slash': ('agnews --source=IN --name=../x', '--name'),
+    'local without source': ('local', '--source'),
+    'local without users': ('local --source=IN', 'found: none', {}),
+    'local twice the same': ('local --source=IN', 'a.csv, a.txt', {'a.txt': 'x', 'a.csv': 'x'}),
+    'local beside folders': ('local --source=IN', 'in/notes.txt lies beside sub-folders', {'ann/a': 'x', 'notes.txt': 'x'}),
+    'local of another format': ('local --source=IN', 'in/b.md is no .jsonl', {'a.txt': 'x', 'b.md': 'x'}),
+    'local deep json': ('local --source=IN', 'in/ann/old/a.jsonl cannot be read', {'ann/old/a.jsonl': '{\n'}),
+    'local deep column': ('local --source=IN', "in/ann/old/a.csv: no column 'text' (there are: x)", {'ann/old/a.csv': 'x\n1'}),
+    'local without text': ('local --source=IN', 'no documents of ann', {'ann/empty.md': ''}),
+    'demo with source': ('demo --source=IN', '--source'),
 }
+# fmt: on
 
 
 @pytest.mark.parametrize('case', BAD)
 def test_bad_input(case, tmp_path, capsys):
     """One line on stderr that names the culprit, exit status 2, nothing written."""
-    arguments, words, spoil = BAD[case]
+    arguments, words, *files = BAD[case]
     (tmp_path / 'in').mkdir()
-    if spoil:
-        spoil(tmp_path / 'in') if callable(spoil) else source_of(spoil, tmp_path / 'in')
-    arguments = [argument.replace('=IN', f'={tmp_path / "in"}') for argument in arguments]
+    place(tmp_path / 'in', files[0]) if files else source_of('agnews', tmp_path / 'in')
+    arguments = [argument.replace('=IN', f'={tmp_path / "in"}') for argument in arguments.split()]
     assert run('--out_root', tmp_path / 'out', '--tokenizer=bytes', *arguments) == 2
     out, err = capsys.readouterr()
     assert err.startswith('prepare.py: ') and err.count('\n') == 1 and err.endswith('\n') and words in err and not out
@@ -750,7 +687,7 @@ def test_force(tmp_path, capsys, monkeypatch):
     assert run(*common) == 0
     before = hashes(tmp_path / 'agnews')
     with monkeypatch.context() as patch:
-        patch.setattr(sources, 'rows_of', None)  # would fail if it were called
+        patch.setattr(sources, 'open_rows', None)  # would fail if it were called
         assert run(*common) == 2
     assert '--force' in capsys.readouterr().err
     assert run(*common[:2], tmp_path / 'nowhere', *common[3:], '--force') == 2
@@ -788,10 +725,11 @@ def test_interruption(where, error, tmp_path, monkeypatch):
         calls.clear()
         with monkeypatch.context() as patch:
             patch.setattr(Path, where, failing)
-            try:
+            if error is KeyboardInterrupt:
+                with pytest.raises(KeyboardInterrupt):
+                    run(*arguments)
+            else:
                 assert run(*arguments) == 2
-            except KeyboardInterrupt:
-                assert error is KeyboardInterrupt
     assert not (tmp_path / 'new').exists() and hashes(tmp_path / 'old') == before
     (tmp_path / '.new.partial').mkdir()  # as after a power cut
     (tmp_path / '.new.partial' / 'meta.json').write_text('{}')
@@ -801,29 +739,30 @@ def test_interruption(where, error, tmp_path, monkeypatch):
 
 
 def test_command(tmp_path):
-    """The command itself, from another folder: a data set, --help, and one line for a mistake."""
-
-    def command(*arguments):
-        return subprocess.run(
-            [sys.executable, str(ROOT / 'data' / 'prepare.py'), *map(str, arguments)],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-
-    done = command('agnews', '--source', source_of('agnews', tmp_path / 'in'), '--out_root=out', *SMALL)
+    """The command itself, from another folder: its output is all on stdout, and relative paths are that folder's."""
+    source_of('agnews', tmp_path / 'in')
+    command = [sys.executable, ROOT / 'data' / 'prepare.py', 'agnews', '--source=in', '--out_root=out', *SMALL]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, '') and 'Sci/Tech' in done.stdout
     assert (tmp_path / 'out' / 'agnews' / 'meta.json').exists()
-    done = command('agnews', '--source=nowhere')
-    assert done.returncode == 2 and done.stderr == 'prepare.py: --source=nowhere does not exist\n' and not done.stdout
 
 
 def test_help(capsys):
-    with pytest.raises(SystemExit) as end:
-        prepare.main(['--help'])
-    assert end.value.code == 0 and '--alpha' in capsys.readouterr().out
+    assert run('--help') == 0 and '--alpha' in capsys.readouterr().out
+
+
+def test_write_streams(tmp_path):
+    """Documents out of memory or of an iterator, in the smallest of two types that holds the vocabulary, and all is counted."""
+    train, folder = np.arange(300), tmp_path / 'new'
+    user = {'train': [train], 'valid': iter([train[5:70], [7, 8]]), 'test': ()}
+    meta = write_streams(folder, ['ann'], [user], 70_000, {'source': ['made up']}, n_bytes=np.full(70_000, 3))
+    assert meta == json.loads((folder / 'meta.json').read_text())
+    assert (meta['source'], meta['dtype'], meta['vocab_size'], meta['overlap']) == (['made up'], '<u4', 70_000, [1.0])
+    counts = [tuple(meta['users'][0][key].values()) for key in ('tokens', 'documents', 'bytes')]
+    assert meta['users'][0]['name'] == 'ann' and counts == [(300, 67, 0), (1, 2, 0), (900, 201, 0)]
+    assert np.fromfile(folder / 'user0_valid.bin', '<u4').tolist() == [*range(5, 70), 7, 8]
+    for split, sha256 in meta['users'][0]['sha256'].items():
+        assert hashlib.sha256((folder / f'user0_{split}.bin').read_bytes()).hexdigest() == sha256
 
 
 # ---- real text ------------------------------------------------------------------------------------------------------
@@ -835,17 +774,16 @@ def test_real_text(name, tmp_path):
     source = SHARED / 'data' / name
     if not source.exists():
         pytest.skip('the local stand-ins (shared/data) are not here')
-    size = ['--train_tokens=60_000', '--valid_tokens=15_000', '--test_tokens=15_000', '--tokenizer=bytes', '--max_chars=9000']
+    size = ['--train_tokens=30_000', '--valid_tokens=8_000', '--test_tokens=8_000', '--tokenizer=bytes', '--max_chars=9000']
     assert run(name, '--source', source, '--out_root', tmp_path, *size) == 0
-    meta, streams = load_dataset(tmp_path / name, 128, 257)
-    assert [user['tokens'] for user in meta['users']] == [{'train': 60_000, 'valid': 15_000, 'test': 15_000}] * 4
+    written = Texts(tmp_path / name, 128, 257)
+    assert [user['tokens'] for user in written.meta['users']] == [{'train': 30_000, 'valid': 8_000, 'test': 8_000}] * 4
     owner, shared, total = {}, 0, 0
-    for i, user in enumerate(streams):
-        for split in SPLITS:
-            raw = user[split].astype(np.uint8).tobytes()
-            for start in range(0, len(raw) - 100):
-                window = hash(raw[start : start + 100])
-                shared += owner.setdefault(window, (i, split)) != (i, split)
-                total += 1
+    for i in range(4):
+        for split, tokens in written.of(i).items():
+            raw = tokens.astype(np.uint8).tobytes()
+            for start in range(len(raw) - 100):
+                shared += owner.setdefault(raw[start : start + 100], (i, split)) != (i, split)
+            total += len(raw) - 100
     print(f'{shared} of {total} windows shared')
     assert shared < total / (100 if name == 'slimpajama' else 1000)  # licence headers of code repeat; documents must not

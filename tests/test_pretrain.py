@@ -1,37 +1,57 @@
-"""pretrain.py: a base from scratch, on tiny data."""
+"""tools/pretrain.py: a base from scratch, on tiny data."""
 
 import json
-import subprocess
-import sys
 
+import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, refused
 
 from data.stream import encoding
-from eval import evaluate
-from model import load_gpt
+from model import evaluate, load_gpt
+from tools import pretrain
 
 SMALL = ('--n_layer=1', '--n_head=1', '--n_embd=16', '--n_positions=32', '--batch_size=4')
 
 
-def pretrain(tiny, *args):
-    command = [sys.executable, 'pretrain.py', f'--dataset={tiny.data}', *SMALL, *args]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
-
-def test_a_base_learns_and_says_how_it_was_made(tiny, tmp_path):
-    random, learned = tmp_path / 'random.safetensors', tmp_path / 'learned.safetensors'
-    assert pretrain(tiny, '--steps=0', f'--out={random}').returncode == 0
-    done = pretrain(tiny, '--steps=60', '--warmup=5', f'--out={learned}')
-    assert done.returncode == 0, done.stderr
+def test_a_base_learns_and_says_how_it_was_made(tiny, tmp_path, capsys):
+    random, learned, again = (tmp_path / f'{name}.safetensors' for name in ('random', 'learned', 'again'))
+    given = (f'--dataset={tiny.data}', *SMALL)
+    pretrain.main([*given, '--steps=0', f'--out={random}'])
+    for out in (learned, again):
+        pretrain.main([*given, '--steps=60', '--warmup=5', f'--out={out}'])
+    assert learned.read_bytes() == again.read_bytes() != random.read_bytes()
     tokens = torch.tensor(list(b'abc ab ca ' * 10)).numpy()
     losses = [evaluate(load_gpt(str(f)), tokens, 32)['loss'] for f in (random, learned)]
     assert losses[1] < losses[0] - 1
     note = json.loads(learned.with_suffix('.json').read_text())
     assert note['tokens_seen'] == 60 * 4 * 32 and '--steps=60' in note['command']
+    assert note['config'] | {'steps': 60, 'bf16': True, 'lr': 2e-3, 'n_embd': 16, 'overwrite': False} == note['config']
     assert all('valid_bits_per_byte' in source for source in note['data']['sources'].values())
-    again = pretrain(tiny, '--steps=1', f'--out={learned}')
-    assert again.returncode == 2 and again.stderr.count('\n') == 1 and 'exists' in again.stderr
+    assert 'exists' in refused(capsys, pretrain.main, [*given, '--steps=1', f'--out={learned}'])
+    pretrain.main([*given, '--steps=1', f'--out={learned}', '--overwrite', '--bf16=False'])
+    assert json.loads(learned.with_suffix('.json').read_text())['config']['bf16'] is False
+
+
+@pytest.mark.parametrize(
+    'args, message',
+    [
+        (['--dataset=nowhere'], 'nowhere'),
+        (['--steps=many'], 'expected int, such as 20000'),
+        (['--bf16=perhaps'], 'expected bool'),
+        (['--n_head=3'], 'n_embd 16 must be a multiple of n_head 3'),
+        (['--n_head=0'], 'must be a multiple of n_head 0'),
+        (['--step=3'], 'unrecognized arguments: --step=3'),
+    ],
+)
+def test_bad_options_are_one_line(tiny, tmp_path, capsys, args, message):
+    given = [f'--dataset={tiny.data}', *SMALL, f'--out={tmp_path}/x.safetensors', *args]
+    assert message in refused(capsys, pretrain.main, given) and not (tmp_path / 'x.safetensors').exists()
+
+
+def test_the_optimizer_and_the_draws_are_those_of_the_shipped_base():
+    """What its note says: the defaults make it again."""
+    note = json.loads((ROOT / 'assets' / 'base-tiny.json').read_text())
+    assert note['config'] == {name: default for name, (default, _) in pretrain.SWITCHES.items()} | {'overwrite': True}
 
 
 def test_the_shipped_base():

@@ -1,23 +1,25 @@
-"""Users dealt out to processes by torchrun, and users that take part in some rounds only: the numbers never depend on it."""
+"""Users dealt out to several processes, and users that take part in some rounds only: the numbers never depend on it."""
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
+import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, read_metrics, user_streams, write_dataset
+from conftest import ROOT, TINY, read_metrics, refused, same, user_streams, write_dataset
 from safetensors.torch import load_file
-from test_train import refused, same
+from several_runs import several_runs
 
-import checkpoint
 import federate
+import user
 from data.stream import get_batch
+from run import checkpoint
 
 # every aggregation rule, per-user experts or ranks, what lives outside tensors, a sample of the users
 RUNS = {
@@ -42,11 +44,95 @@ RUNS = {
 SHORT = ('--rounds=3', '--consensus_start=1', '--judge_windows=4', '--batch_size=2', '--micro_batch_size=2')
 
 
-def torchrun(n: int, *command: object, **kwargs) -> subprocess.Popen:
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
+def slow(*values) -> object:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def given(tiny, out, *args) -> list[str]:
+    return [f'--init_from={tiny.base}', f'--dataset={tiny.data}', f'--out_dir={out}', '--device=cpu', *TINY, *SHORT, *args]
+
+
+def runs(n: int, folder: Path, tiny, names: list[str]) -> None:
+    for end in several_runs([given(tiny, folder / name, *RUNS[name]) for name in names], n=n):
+        assert end.status == 0, end.err
+
+
+def same_runs(a: Path, b: Path) -> None:
+    """Metrics byte for byte, every tensor, the summary but for clocks and memory."""
+    assert (a / 'metrics.jsonl').read_bytes() == (b / 'metrics.jsonl').read_bytes(), a
+    for folder in ('adapters', 'checkpoint'):
+        files = sorted(file.name for file in (a / folder).iterdir())
+        assert files == sorted(file.name for file in (b / folder).iterdir())
+        for file in files:
+            assert same(load_file(a / folder / file), load_file(b / folder / file)), (a, file)
+    one, two = (json.loads((out / 'summary.json').read_text()) for out in (a, b))
+    assert not [key for key in one if one[key] != two[key] and 'second' not in key and key != 'peak_rss_bytes']
+
+
+@pytest.mark.parametrize(
+    'n, names',
+    [
+        (2, ['fedavg', 'validation', 'flexlora', 'attacked']),
+        slow(2, ['local', 'centralized', 'ffa', 'fedsa', 'median', 'trimmed_mean', 'weights', 'fdlora']),
+        slow(3, ['fedavg', 'flexlora', 'predictions']),
+        slow(4, ['fedavg', 'hetlora', 'flora', 'validation', 'consensus', 'some']),
+    ],
+)
+def test_any_number_of_processes_gives_the_same_bits(tiny, tmp_path, n, names):
+    """One process, two, three, or more than there are users. Each run of RUNS with one of these numbers."""
+    runs(1, tmp_path / 'alone', tiny, names)
+    runs(n, tmp_path / 'several', tiny, names)
+    for name in names:
+        same_runs(tmp_path / 'alone' / name, tmp_path / 'several' / name)
+
+
+def test_bad_input_is_one_line_for_all_processes(tiny, tmp_path):
+    (end,) = several_runs([given(tiny, tmp_path / 'x', '--n_experts=5,5')], n=2)
+    assert end.statuses == [2, 2] and end.err.count('\n') == 1 and 'expected one value from 1 to 4096' in end.err
+    assert not (tmp_path / 'x').exists()
+
+
+@pytest.mark.reliability
+def test_a_dead_process_ends_the_run_and_another_number_of_them_resumes_it(tiny, tmp_path, figure):
+    """One of three is killed while it trains: the others end within seconds, with one line each; two go on to the same bits."""
+    args = [*given(tiny, tmp_path / 'run', *RUNS['fedavg']), '--rounds=20']
+    kill = {'signal': 9, 'rank': 2, 'after': 0, 'from': str(tmp_path / 'run' / 'metrics.jsonl'), 'lines': 60}
+    killed, whole = several_runs([args], [kill], n=3) + several_runs([[*args, f'--out_dir={tmp_path}/whole']])
+    assert killed.statuses == [1, 1, -9] and killed.seconds < 30 and whole.status == 0, (killed, whole)
+    lines = killed.err.splitlines()
+    assert len(lines) == 2 and all('has lost another one' in line and 'continue with --resume' in line for line in lines)
+    assert not (tmp_path / 'run' / 'summary.json').exists()
+    (again,) = several_runs([[*args, '--resume']], n=2)
+    assert again.status == 0, again.err
+    same_runs(tmp_path / 'whole', tmp_path / 'run')
+    figure('R19', f'one of three processes killed: all ended within {killed.seconds:.1f} s, two went on to the same bits', True)
+
+
+@pytest.mark.slow
+def test_torchrun_ends_a_run_that_has_lost_a_process_and_starts_it_again(tiny, tmp_path):
+    """The same under torchrun, which may end the others before they notice."""
+    args = [*given(tiny, tmp_path / 'run', *RUNS['fedavg']), '--rounds=60']
+    running = torchrun(3, 'train.py', *args)
+    until(lambda: (tmp_path / 'run' / 'metrics.jsonl').exists() and len(read_metrics(tmp_path / 'run')) > 60)
+    workers = subprocess.run(['pgrep', '-P', str(running.pid)], capture_output=True, text=True).stdout.split()
+    victim = next(pid for pid in map(int, workers) if b'RANK=2\0' in open(f'/proc/{pid}/environ', 'rb').read())
+    os.kill(victim, signal.SIGKILL)
+    began = time.time()
+    _, err = running.communicate(timeout=60)
+    assert time.time() - began < 30 and running.returncode != 0
+    assert 'has lost another one' in err or 'SIGKILL' in err
+    assert 'train.py", line' not in err and not (tmp_path / 'run' / 'summary.json').exists()
+    again = torchrun(2, 'train.py', *args, '--resume')
+    _, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err[-2000:]
+    several_runs([[*args, f'--out_dir={tmp_path}/whole']])
+    same_runs(tmp_path / 'whole', tmp_path / 'run')
+
+
+def torchrun(n: int, *command: object) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', *map(str, command)],
-        env=env,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'},
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,
@@ -54,99 +140,11 @@ def torchrun(n: int, *command: object, **kwargs) -> subprocess.Popen:
     )
 
 
-def runs(n: int, folder, tiny, names) -> None:
-    jobs = [given(tiny, folder / name, *RUNS[name]) for name in names]
-    subprocess.run(
-        [sys.executable, 'tests/several_runs.py', str(n), json.dumps(jobs)],
-        check=True,
-        cwd=ROOT,
-        timeout=200,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        capture_output=True,
-    )
-
-
-def given(tiny, out, *args) -> list[str]:
-    return [f'--init_from={tiny.base}', f'--dataset={tiny.data}', f'--out_dir={out}', '--device=cpu', *TINY, *SHORT, *args]
-
-
-@pytest.fixture(scope='module')
-def alone(tiny, tmp_path_factory):
-    """Every run of RUNS by one process with one thread, as torchrun gives each of its processes."""
-    folder = tmp_path_factory.mktemp('alone')
-    runs(1, folder, tiny, RUNS)
-    return folder
-
-
-@pytest.mark.parametrize(
-    'n, names',
-    [
-        (2, ['local', 'centralized', 'ffa', 'fedsa', 'median', 'trimmed_mean', 'weights', 'fdlora', 'attacked']),
-        (3, ['fedavg', 'flexlora', 'predictions']),
-        (4, ['fedavg', 'hetlora', 'flora', 'validation', 'consensus', 'some']),
-    ],
-)
-def test_any_number_of_processes_gives_the_same_bits(tiny, alone, tmp_path, n, names):
-    """One process, two, three, or more than there are users: metrics byte for byte, and every tensor. Each run of RUNS with
-    one of these numbers."""
-    runs(n, tmp_path, tiny, names)
-    for name in names:
-        assert (tmp_path / name / 'metrics.jsonl').read_bytes() == (alone / name / 'metrics.jsonl').read_bytes(), name
-        for folder in ('adapters', 'checkpoint'):
-            files = sorted(file.name for file in (alone / name / folder).iterdir())
-            assert files == sorted(file.name for file in (tmp_path / name / folder).iterdir())
-            for file in files:
-                assert same(load_file(alone / name / folder / file), load_file(tmp_path / name / folder / file)), (name, file)
-        a, b = (json.loads((out / name / 'summary.json').read_text()) for out in (alone, tmp_path))
-        assert not [key for key in a if a[key] != b[key] and 'second' not in key and key != 'peak_rss_bytes']
-
-
-@pytest.mark.reliability
-def test_a_dead_process_ends_the_run_and_another_number_of_them_resumes_it(tiny, tmp_path, figure):
-    """One of three is killed while it trains: all end within seconds, with one line; two go on to the same bits."""
-    args = [arg for arg in given(tiny, tmp_path / 'run', *RUNS['fedavg']) if not arg.startswith('--rounds')]
-    whole = subprocess.run(
-        [sys.executable, 'train.py', *args, '--rounds=60', f'--out_dir={tmp_path}/whole'],
-        cwd=ROOT,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        capture_output=True,
-    )
-    assert whole.returncode == 0
-    running = torchrun(3, 'train.py', *args, '--rounds=60')
-    until(lambda: (tmp_path / 'run' / 'metrics.jsonl').exists() and len(read_metrics(tmp_path / 'run')) > 60)
-    workers = subprocess.run(['pgrep', '-P', str(running.pid)], capture_output=True, text=True).stdout.split()
-    victim = next(pid for pid in map(int, workers) if b'RANK=2\0' in open(f'/proc/{pid}/environ', 'rb').read())
-    os.kill(victim, signal.SIGKILL)
-    began = time.time()
-    _, err = running.communicate(timeout=60)
-    seconds = time.time() - began
-    assert seconds < 30 and running.returncode != 0
-    ours = [line for line in err.splitlines() if 'has lost another one' in line]
-    assert ours or 'SIGKILL' in err  # torchrun may have ended them before they noticed
-    assert all('continue with --resume' in line for line in ours) and 'train.py", line' not in err
-    assert not (tmp_path / 'run' / 'summary.json').exists()
-    again = torchrun(2, 'train.py', *args, '--rounds=60', '--resume')
-    _, err = again.communicate(timeout=120)
-    assert again.returncode == 0, err[-2000:]
-    assert (tmp_path / 'run' / 'metrics.jsonl').read_bytes() == (tmp_path / 'whole' / 'metrics.jsonl').read_bytes()
-    for file in (tmp_path / 'whole' / 'adapters').iterdir():
-        assert same(load_file(file), load_file(tmp_path / 'run' / 'adapters' / file.name))
-    figure('R19', f'one of three processes killed: all ended within {seconds:.1f} s, two went on to the same bits', True)
-
-
 def until(true, seconds: float = 60) -> None:
     end = time.time() + seconds
     while not true():
         assert time.time() < end
         time.sleep(0.05)
-
-
-def test_bad_input_is_one_line_for_all_processes(tiny, tmp_path):
-    done = torchrun(2, 'train.py', *given(tiny, tmp_path / 'x', '--n_experts=5,5'))
-    _, err = done.communicate(timeout=60)
-    assert done.returncode != 0 and len(re.findall('expected one value from 1 to 4096', err)) == 1
-    assert 'train.py", line' not in err  # torchrun reports in its own words that its processes ended
-    assert not (tmp_path / 'x').exists()
 
 
 # ---- some of the users a round --------------------------------------------------------------------------------------
@@ -178,46 +176,48 @@ def test_who_takes_part_depends_on_seed_and_round_alone(train, six):
 def test_the_mean_is_over_those_present_and_the_absent_stay_as_they_were(train, six):
     run = train(f'--dataset={six}', '--participation=0.5', '--rounds=6')
     last = took_part(run.lines)[6]
-    states = {i: checkpoint.read(checkpoint.user_file(run.kept_in, i, r)) for i, r in run.last_round.items()}
-    mean = federate.fedavg([{n: states[i][0][f'adapter/{n}'] for n in run.shared} for i in last])
-    assert same(mean, run.server) and {i for i, r in run.last_round.items() if r == 6} == {*last}
+    states = {i: checkpoint.read(run.fleet.file(i)) for i in run.fleet.last_round}
+    mean = federate.fedavg([{n: states[i][0][f'adapter/{n}'] for n in run.fleet.asked} for i in last])
+    assert same(mean, run.server) and {i for i, r in run.fleet.last_round.items() if r == 6} == {*last}
     for i, (tensors, facts) in states.items():  # a user's file is that of the last round it took part in
         assert facts['expert_steps'] == 2 * sum(i in present for present in took_part(run.lines).values())
     two = train(f'--dataset={six}', '--participation=0.5', '--rounds=6', out='b')
-    for i, r in two.last_round.items():
-        assert same(checkpoint.read(checkpoint.user_file(two.kept_in, i, r))[0], states[i][0])
+    assert all(same(checkpoint.read(two.fleet.file(i))[0], states[i][0]) for i in states)
 
 
 def test_only_those_present_are_in_memory_and_the_others_have_a_file_or_nothing(train, six, monkeypatch):
-    import lora_moe
+    made, at_once, init = weakref.WeakSet(), [], user.User.__init__
 
-    alive = []
-    real = lora_moe.add_lora
-    monkeypatch.setattr(lora_moe, 'add_lora', lambda *a: alive.append(1) or real(*a))
+    def counted(self, *args):
+        init(self, *args)
+        made.add(self)
+        at_once.append(len(made))
+
+    monkeypatch.setattr(user.User, '__init__', counted)
     run = train(f'--dataset={six}', '--participation=0.2', '--rounds=3', '--test_users=2')
-    assert len(run.users) == 2 == len(run.tested) and len(alive) <= 2 + 3 + 2
+    assert len(run.users) == 2 == len(run.fleet.tested) and max(at_once) <= 3 and len(at_once) <= 3 + 2
     ever = {i for present in took_part(run.lines).values() for i in present}
-    files = {file.name for file in run.kept_in.iterdir()}  # two rounds, and of the last one's user also the file before
-    assert {f'user{i}-{r}.safetensors' for i, r in run.last_round.items()} <= files and len(files) <= len(ever) + 1 + 2
-    assert {*run.last_round} == ever and len(ever) <= 3
-    assert run.summary['user_ids'] == run.tested and len(run.summary['aggregated_test_ppl']) == 2
+    files = {file.name for file in run.journal.folder.iterdir()}  # two rounds, and of the last one's user also the file before
+    assert {run.fleet.file(i).name for i in ever} <= files and len(files) <= len(ever) + 1 + 2
+    assert {*run.fleet.last_round} == ever and len(ever) <= 3
+    assert run.summary['user_ids'] == run.fleet.tested and len(run.summary['aggregated_test_ppl']) == 2
 
 
 @pytest.mark.parametrize(
     'args',
     [
-        [],
-        ['--method=pcl'],
-        ['--method=flexlora', '--lora_rank=4,6,8,4,6,8'],
+        ['--method=comigs_1gxs'],
         ['--method=flora'],
-        ['--method=hetlora', '--lora_rank=4,6,8,4,6,8'],
-        ['--method=consensus'],
-        ['--leak_gradients'],
-        ['--method=fedsa_lora'],
-        ['--method=comigs_2s'],
-        ['--aggregate=median'],
+        slow(['--method=pcl']),
+        slow(['--method=flexlora', '--lora_rank=4,6,8,4,6,8']),
+        slow(['--method=hetlora', '--lora_rank=4,6,8,4,6,8']),
+        slow(['--method=consensus']),
+        slow(['--leak_gradients']),
+        slow(['--method=fedsa_lora']),
+        slow(['--method=comigs_2s']),
+        slow(['--aggregate=median']),
     ],
-    ids=lambda a: ' '.join(a[:1]),
+    ids=lambda args: args[0],
 )
 def test_a_resumed_run_of_some_users_is_bit_identical(train, six, monkeypatch, args):
     """Killed in round 5, when some users have waited on disk for rounds and others are new."""
@@ -231,18 +231,16 @@ def test_a_resumed_run_of_some_users_is_bit_identical(train, six, monkeypatch, a
         return get_batch(*a)
 
     dies.calls = 0
-    import data.stream
-
-    monkeypatch.setattr(data.stream, 'get_batch', dies)
+    monkeypatch.setattr(user, 'get_batch', dies)
     with pytest.raises(KeyboardInterrupt):
         train(*args, out='cut')
-    monkeypatch.setattr(data.stream, 'get_batch', get_batch)
+    monkeypatch.setattr(user, 'get_batch', get_batch)
     resumed = train(*args, '--resume', out='cut')
-    assert 0 < resumed.start < 7
+    assert 0 < resumed.journal.start < 7
     assert (whole.out / 'metrics.jsonl').read_bytes() == (resumed.out / 'metrics.jsonl').read_bytes()
-    assert whole.last_round == resumed.last_round
-    for i, r in whole.last_round.items():
-        a, b = (checkpoint.read(checkpoint.user_file(run.kept_in, i, r)) for run in (whole, resumed))
+    assert whole.fleet.last_round == resumed.fleet.last_round
+    for i in whole.fleet.last_round:
+        a, b = (checkpoint.read(run.fleet.file(i)) for run in (whole, resumed))
         assert same(a[0], b[0]) and a[1] == b[1]
 
 
@@ -272,11 +270,11 @@ def test_files_of_an_unfinished_round_are_ignored_and_removed(tmp_path):
 @pytest.mark.parametrize(
     'args, message',
     [
-        (['--participation=0'], 'must be in (0, 1]'),
-        (['--participation=1.5'], 'must be in (0, 1]'),
-        (['--test_users=9'], 'has 6 users'),
-        (['--test_users=-1'], 'must not be negative'),
-        (['--method=fdlora', '--participation=0.5'], 'needs --participation=1'),
+        (['--participation=0'], '--participation=0.0: expected 0 < participation <= 1'),
+        (['--participation=1.5'], 'expected 0 < participation <= 1'),
+        (['--test_users=9'], '--test_users=9, N=6: there are no more users'),
+        (['--test_users=-1'], 'expected 0 <= test_users < 1e9'),
+        (['--method=fdlora', '--participation=0.5'], 'give --participation=1'),
     ],
 )
 def test_bad_participation(train, six, capsys, args, message):
@@ -285,6 +283,6 @@ def test_bad_participation(train, six, capsys, args, message):
 
 def test_a_sample_of_users_is_the_same_users_whoever_takes_part(train, six):
     a, b = (train(f'--dataset={six}', '--test_users=3', f'--participation={p}', out=str(p)) for p in (1.0, 0.4))
-    assert a.tested == b.tested and len(a.tested) == 3
+    assert a.fleet.tested == b.fleet.tested and len(a.fleet.tested) == 3
     assert a.summary['pretrained_test_ppl'] == b.summary['pretrained_test_ppl']
     assert all(np.isfinite(a.summary['test_ppl']))

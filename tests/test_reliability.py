@@ -1,6 +1,7 @@
 """What is promised of crashes, bad files and bad users (SECURITY.md), each line with the figure that was reached.
 
-`make test` runs a short form of every line; `make reliability` (RELIABILITY=long) all of it, and prints the table."""
+`make test` runs a short form of every line, `make test-all` a longer one; `make reliability` (RELIABILITY=long) all of it, and
+prints the table."""
 
 import ast
 import json
@@ -13,54 +14,31 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import LONG, ROOT, user_streams, write_dataset
+from conftest import LONG, ROOT, refused, same, user_streams, write_dataset
 from safetensors import safe_open
 from safetensors.torch import save
-from test_processes import RUNS, given
-from test_train import refused, same
+from several_runs import marked, several_runs
+from test_processes import RUNS, given, slow
 
-import checkpoint
-import data.stream
 import federate
-import lora_moe
+import user
+from data.stream import Texts
 from eval import read_run
+from federate import is_generalist
+from lora_moe import ATTENTION_RANK, scaling
 from model import load_gpt
+from run import checkpoint
+from run.adapter import read_peft
+from run.fleet import Fleet
 
 pytestmark = pytest.mark.reliability
 
-RULES = {  # every rule that combines tensors, as a run of the three tiny users
-    name: RUNS[name]
-    for name in (
-        'fedavg',
-        'ffa',
-        'fedsa',
-        'median',
-        'trimmed_mean',
-        'weights',
-        'validation',
-        'predictions',
-        'hetlora',
-        'flora',
-        'flexlora',
-    )
-}
-
-
-def forks(jobs: list, accidents: list, n: int = 1) -> list[tuple]:
-    """(exit status, seconds from the signal to the end, stderr, samples) of every run; see several_runs.py."""
-    done = subprocess.run(
-        [sys.executable, 'tests/several_runs.py', str(n), json.dumps(jobs), json.dumps(accidents)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [tuple(json.loads(line)) for line in done.stdout.splitlines() if line.startswith('[')]
+RULES = """fedavg ffa fedsa median trimmed_mean weights validation predictions hetlora flora flexlora""".split()  # of RUNS
 
 
 def state(out: Path) -> dict:
@@ -79,14 +57,17 @@ def state(out: Path) -> dict:
 
 
 @pytest.fixture(scope='module')
-def whole(tiny, tmp_path_factory):
-    """A run of five rounds that nothing happens to: (arguments but for the folder, what it leaves, its calls of each point)."""
+def whole(tiny, tmp_path_factory) -> SimpleNamespace:
+    """A run of five rounds that nothing happens to. args, but for the folder; what it leaves; its calls of each point; seconds
+    from the end of its start to its own."""
     out = tmp_path_factory.mktemp('whole') / 'run'
-    args = [*given(tiny, out, '--method=comigs_1gxs', '--n_experts=3,1,2'), '--rounds=5']
-    (status, _, err, _) = forks([args], [{'count': True}])[0]
-    assert status == 0, err
-    calls = json.loads(re.findall(r'calls (.*)', err)[-1])
-    return [arg for arg in args if not arg.startswith('--out_dir')], state(out), calls
+    args = [*given(tiny, out, *RUNS['fedavg']), '--rounds=5']
+    (end,) = several_runs([args], [{'count': True}])
+    assert end.status == 0, end.err
+    calls = json.loads(re.findall(r'calls (.*)', end.err)[-1])
+    seconds = json.loads((out / 'summary.json').read_text())['seconds']
+    args = [arg for arg in args if not arg.startswith('--out_dir')]
+    return SimpleNamespace(args=args, leaves=state(out), calls=calls, seconds=seconds)
 
 
 def go_on(args: list, out: Path) -> list[str]:
@@ -94,65 +75,64 @@ def go_on(args: list, out: Path) -> list[str]:
     return [*args, f'--out_dir={out}', '--resume' if checkpoint.rounds(out / 'checkpoint') else '--overwrite']
 
 
-def cut_and_resume(whole, tmp_path: Path, accidents: list) -> tuple[list, int]:
+def cut_and_resume(whole: SimpleNamespace, tmp_path: Path, accidents: list) -> tuple[list, int]:
     """(the ends of the runs that were cut, how many of them came to the same bits in a second run)."""
-    args, expected, _ = whole
     outs = [tmp_path / str(i) for i in range(len(accidents))]
-    ends = forks([[*args, f'--out_dir={out}'] for out in outs], accidents)
-    again = forks([go_on(args, out) for out in outs], [{}] * len(outs))
-    assert all(status == 0 for status, *_ in again), again
+    ends = several_runs([[*whole.args, f'--out_dir={out}'] for out in outs], accidents)
+    again = several_runs([go_on(whole.args, out) for out in outs])
+    assert all(end.status == 0 for end in again), again
     found = [state(out) for out in outs]
     for accident, own in zip(accidents, found):  # shown if the test fails
-        print(accident, [name for name in own.keys() | expected.keys() if own.get(name) != expected.get(name)])
-    return ends, sum(own == expected for own in found)
+        print(accident, [name for name in own.keys() | whole.leaves.keys() if own.get(name) != whole.leaves.get(name)])
+    return ends, sum(own == whole.leaves for own in found)
 
 
 # ---- R1 to R4: crashes and damaged files ------------------------------------------------------------------------------
-def test_R1_killed_at_any_moment(whole, tmp_path, figure):
+@pytest.mark.parametrize('n', [3, slow(50 if LONG else 6)])
+def test_R1_killed_at_any_moment(whole, tmp_path, figure, n):
     """kill -9 at random moments, one in three of them within a save; --resume comes to the same bits."""
-    n, rng, calls = 50 if LONG else 6, random.Random(1), whole[2]
-    accidents = []
+    rng, accidents = random.Random(1), []
     for i in range(n):
-        point = rng.choice([*calls])
-        inside = {'signal': 9, 'at': point, 'call': rng.randint(1, calls[point])}
-        accidents.append(inside if i % 3 == 0 else {'signal': 9, 'after': rng.uniform(0.1, 1.5 if not LONG else 2.5)})
+        point = rng.choice([*whole.calls])
+        inside = {'signal': 9, 'at': point, 'call': rng.randint(1, whole.calls[point])}
+        accidents.append(inside if i % 3 == 0 else {'signal': 9, 'after': rng.uniform(0, whole.seconds)})
     ends, good = cut_and_resume(whole, tmp_path, accidents)
-    killed = sum(status == -9 for status, *_ in ends)
+    killed = sum(end.status == -9 for end in ends)
     figure('R1', f'{good}/{n} bit-identical after kill -9 ({killed} before their end)', good == n and killed >= n / 2)
 
 
-def test_R2_told_to_stop(whole, tmp_path, figure):
+@pytest.mark.parametrize('n', [2, slow(20 if LONG else 4)])
+def test_R2_told_to_stop(whole, tmp_path, figure, n):
     """SIGINT and SIGTERM: one line, exit code 130 or 143, at once; --resume comes to the same bits."""
-    n, rng = 20 if LONG else 4, random.Random(2)
-    begun = 'checkpoint/round-0.safetensors'  # from here on the clock of a slow machine does not matter
+    rng, begun = random.Random(2), 'checkpoint/round-0.safetensors'  # from here on the clock of a slow machine does not matter
     accidents = [
-        {'signal': (2, 15)[i % 2], 'after': rng.uniform(0, 0.4), 'from': str(tmp_path / str(i) / begun)} for i in range(n)
+        {'signal': (2, 15)[i % 2], 'after': rng.uniform(0, whole.seconds / 2), 'from': str(tmp_path / str(i) / begun)}
+        for i in range(n)
     ]
     ends, good = cut_and_resume(whole, tmp_path, accidents)
-    told = [end for end, accident in zip(ends, accidents) if end[0] == 128 + accident['signal']]
-    slowest = max(seconds for _, seconds, *_ in told)
-    assert all('the last finished round is kept' in err and 'Traceback' not in err for _, _, err, _ in told)
-    assert all(status in (0, 130, 143) for status, *_ in ends)
+    told = [end for end, accident in zip(ends, accidents) if end.status == 128 + accident['signal']]
+    assert all('the last finished round is kept' in end.err and end.err.count('\n') == 1 for end in told)
+    assert all(end.status in (0, 130, 143) for end in ends)
+    slowest = max(end.seconds for end in told)
     reached = f'{len(told)} stopped with 130 or 143 within {slowest:.1f} s, {good}/{n} bit-identical after --resume'
     figure('R2', reached, good == n and slowest < 5 and len(told) >= n / 2)
 
 
-def test_R3_a_crash_at_each_step_of_a_save(whole, tmp_path, figure):
+@pytest.mark.parametrize('n', [4, slow(1000 if LONG else 8)])
+def test_R3_a_crash_at_each_step_of_a_save(whole, tmp_path, figure, n):
     """Killed at each write, fsync, rename and deletion: a round that loads is always there once the first step is taken."""
-    args, _, calls = whole
-    every = [(point, call) for point in calls for call in range(1, calls[point] + 1)]
-    moments = every if LONG else random.Random(3).sample(every, 8)
+    every = [(point, call) for point in whole.calls for call in range(1, whole.calls[point] + 1)]
+    moments = random.Random(3).sample(every, min(n, len(every)))
     outs = [tmp_path / f'{point}-{call}' for point, call in moments]
-    ends = forks([[*args, f'--out_dir={out}'] for out in outs], [{'signal': 9, 'at': p, 'call': c} for p, c in moments])
+    accidents = [{'signal': 9, 'at': point, 'call': call} for point, call in moments]
     loads = 0
-    for out, (status, *_) in zip(outs, ends):
-        assert status == -9
+    for out, end in zip(outs, several_runs([[*whole.args, f'--out_dir={out}'] for out in outs], accidents)):
+        assert end.status == -9
         finished = checkpoint.rounds(out / 'checkpoint')
         trained = (out / 'metrics.jsonl').exists() and (out / 'metrics.jsonl').stat().st_size > 0
         loads += bool(checkpoint.check(out / 'checkpoint', finished[-1])) if finished else not trained
-    figure(
-        'R3', f'{loads}/{len(moments)} crashes at write, fsync, rename, prune leave a round that loads', loads == len(moments)
-    )
+    reached = f'{loads}/{len(moments)} crashes at write, fsync, rename, prune leave a round that loads'
+    figure('R3', reached, loads == len(moments))
 
 
 def test_R4_damaged_files(train, tmp_path, figure):
@@ -232,19 +212,24 @@ def test_R5_pickles_are_never_run(train, tiny, tmp_path, capsys, figure):
             shutil.copy(bad, run / 'checkpoint' / 'round-3.safetensors')
             stream = write_dataset(tmp_path / f'data-{how}-{bad.stem}', [user_streams(0, 300)])
             shutil.copy(bad, stream / 'user0_train.bin')
+            peft = tmp_path / 'peft'
+            peft.mkdir(exist_ok=True)
+            (peft / 'adapter_config.json').write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 16}')
+            shutil.copy(bad, peft / 'adapter_model.safetensors')
             for load in (
                 lambda: load_gpt(str(folder)),
+                lambda: read_peft(peft, {}, 16),
                 lambda: load_gpt(str(weights)),
                 lambda: read_run(run),
                 lambda: checkpoint.read(run / 'checkpoint' / 'round-3.safetensors'),
-                lambda: data.stream.check_dataset(stream, 16, 257),
+                lambda: Texts(stream, 16, 257),
                 lambda: json.loads(bad.read_bytes()),
             ):
                 with pytest.raises((ValueError, OSError)):
                     load()
                 assert not marker.exists()
                 tried += 1
-    sources = [file.read_text() for folder in ('.', 'data') for file in sorted((ROOT / folder).glob('*.py'))]
+    sources = [file.read_text() for folder in ('.', 'data', 'run', 'tools') for file in sorted((ROOT / folder).glob('*.py'))]
     banned = [word for text in sources for word in ('pickle.load', 'weights_only=False', 'allow_pickle=True') if word in text]
     loads = [call for text in sources for call in re.findall(r'torch\.load\([^\n]*', text)]
     ok = not marker.exists() and not banned and all('weights_only=True' in call for call in loads)
@@ -252,67 +237,76 @@ def test_R5_pickles_are_never_run(train, tiny, tmp_path, capsys, figure):
 
 
 # ---- R6, R7: what users send ------------------------------------------------------------------------------------------
+@pytest.fixture
+def of_rule(train, monkeypatch):
+    """of_rule(rule, *args): train's parts of one round of it, or more, and of the last: .messages that came, .expected of whom,
+    .updates that were combined, .combined for all and .own for single users."""
+    asked, found, admit, combine = {}, {}, federate.admit, federate.combine
+
+    def admits(messages, t, expected, **how):
+        asked.update(messages=messages, expected=expected)
+        return admit(messages, t, expected, **how)
+
+    def combines(c, t, server, sent, *rest):
+        found.update(asked, updates=sent)  # now, because a rule may ask once more
+        found['combined'], found['own'] = combine(c, t, server, sent, *rest)
+        return found['combined'], found['own']
+
+    monkeypatch.setattr(federate, 'admit', admits)
+    monkeypatch.setattr(federate, 'combine', combines)
+
+    def run(rule, *args):
+        parts = train(*RUNS[rule], '--rounds=1', '--judge_windows=4', '--overwrite', *args, out=rule)
+        return SimpleNamespace(**vars(parts), **found)
+
+    return run
+
+
 def by_hand(run, updates: list[dict]) -> dict | list[dict]:
     """What the rule of a run makes of these updates, from the formulas in federate.py alone."""
-    present, rule = [*run.updates], run.aggregate
-    if rule in ('fedavg', 'ffa', 'fedsa'):
-        return {n: sum(u[n].double() for u in updates).div(len(updates)).float() for n in run.shared}
-    if rule == 'median':
-        return {n: torch.stack([u[n] for u in updates]).double().quantile(0.5, 0).float() for n in run.shared}
-    if rule == 'trimmed_mean':
-        return federate.trimmed_mean(updates, run.trim)
-    if rule == 'trust':
+    c, names, present = run.c, [*run.fleet.asked], [*run.updates]
+    if c.aggregate in ('fedavg', 'ffa', 'fedsa'):
+        return {n: sum(u[n].double() for u in updates).div(len(updates)).float() for n in names}
+    if c.aggregate == 'median':
+        return {n: torch.stack([u[n] for u in updates]).double().quantile(0.5, 0).float() for n in names}
+    if c.aggregate == 'trimmed_mean':
+        return federate.trimmed_mean(updates, c.trim)
+    if c.aggregate == 'trust':
         W = next(line['matrix'] for line in reversed(run.lines) if line['kind'] == 'trust')
-        return [{n: sum(w * u[n].double() for w, u in zip(row, updates)).float() for n in run.shared} for row in W]
-    experts = [{n: v for n, v in u.items() if 'generalists' in n} for u in updates]
-    attention = [{n: v for n, v in u.items() if 'generalists' not in n} for u in updates]
-    total = sum(run.n_train[i] for i in present)
-    weights = [run.n_train[i] / total for i in present]
-    scalings = [run.lora_alpha / math.sqrt(run.rank_of[i]) for i in present]
-    if rule == 'hetlora':
-        return federate.hetlora(experts, scalings) | federate.fedavg(attention)
-    if rule == 'flexlora':
-        return federate.flexlora(experts, weights, scalings) | federate.fedavg(attention)
-    gamma = [run.lora_alpha / math.sqrt(8)] * len(present)
-    return federate.flora(experts, weights, scalings) | federate.flora(attention, weights, gamma)
+        return [{n: sum(w * u[n].double() for w, u in zip(row, updates)).float() for n in names} for row in W]
+    experts = [{n: v for n, v in u.items() if is_generalist(n)} for u in updates]
+    attention = [{n: v for n, v in u.items() if not is_generalist(n)} for u in updates]
+    weights = [c.n_train[i] / sum(c.n_train[k] for k in present) for i in present]
+    gammas = [scaling(c.lora_alpha, c.lora_rank[i]) for i in present]
+    if c.aggregate == 'hetlora':
+        return federate.hetlora(experts, gammas) | federate.fedavg(attention)
+    if c.aggregate == 'flexlora':
+        return federate.flexlora(experts, weights, gammas) | federate.fedavg(attention)
+    gamma = [scaling(c.lora_alpha, ATTENTION_RANK)] * len(present)
+    return federate.flora(experts, weights, gammas) | federate.flora(attention, weights, gamma)
 
 
 def is_rule_of(run, admitted: list[int]) -> bool:
     """Whether the last round combined the updates of these users, and of no other."""
     if [*run.updates] != admitted:
         return False
-    expected = by_hand(run, [run.sent[i] for i in admitted])
+    sent = {i: update for i, _, update in run.messages}
+    expected = by_hand(run, [sent[i] for i in admitted])
     if isinstance(expected, list):
         return all(close(run.own[i], own) for i, own in zip(admitted, expected))
-    combined = run.stack if run.aggregate == 'flora' else {n: run.server[n] for n in run.shared}
-    return close(combined, expected) and all(v.isfinite().all() for v in combined.values())
+    return close(run.combined, expected) and all(v.isfinite().all() for v in run.combined.values())
 
 
 def close(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.allclose(a[n], b[n], rtol=1e-5, atol=1e-7) for n in a)
 
 
-@pytest.fixture
-def runs_of_rules(train, monkeypatch):
-    """run(rule, *args): one round of it. FLoRA's server merges what it combined and forgets it, so that is noted: .stack"""
-    stacks, flora = [], federate.flora
-    monkeypatch.setattr(federate, 'flora', lambda *args: stacks.append(flora(*args)) or dict(stacks[-1]))
-
-    def run(rule, *args):
-        stacks[:] = [{}, {}]
-        found = train(*RULES[rule], '--rounds=1', '--judge_windows=4', '--overwrite', *args, out=rule)
-        found.stack = stacks[-2] | stacks[-1]
-        return found
-
-    return run
-
-
-def test_R6_nan_and_infinity(train, runs_of_rules, capsys, figure):
+def test_R6_nan_and_infinity(train, of_rule, capsys, figure):
     """One of three users sends NaN, or infinity: its number is named, and the result is that of the two others."""
     good, tried = 0, 0
     for rule in RULES:
         for attack in ('nan', 'scale:1e400') if LONG else ('nan',):
-            run = runs_of_rules(rule, f'--attack={attack}')
+            run = of_rule(rule, f'--attack={attack}')
             lines = [line for line in run.lines if line['kind'] == 'refused']
             named = 'what user 2 sent is refused' in capsys.readouterr().err
             good += named and [line['users'] for line in lines] == [[2]] and is_rule_of(run, [0, 1])
@@ -330,8 +324,8 @@ def test_R6_nan_and_infinity(train, runs_of_rules, capsys, figure):
 def bad_updates(good: dict) -> dict:
     """{what is wrong: the update}."""
     first, rng = next(iter(good)), torch.Generator().manual_seed(0)
-    A = next((n for n in good if 'generalists' in n and n.endswith('.A')), first)
-    other = {
+    A = next((n for n in good if is_generalist(n) and n.endswith('.A')), first)
+    return {
         'missing': {n: v for n, v in good.items() if n != first},
         'empty': {},
         'extra': {**good, 'h.0.mlp.router.weight': good[first]},
@@ -348,35 +342,35 @@ def bad_updates(good: dict) -> dict:
         'lower rank': {**good, A: good[A][:-1]},
         'nan': {**good, first: good[first] * math.nan},
     }
-    return other
 
 
-def test_R7_every_other_kind_of_bad_update(runs_of_rules, figure):
-    """Names, shapes (nothing is broadcast), dtypes, ranks, weights: refused in one line that says what was expected."""
-    caught, tried = 0, 0
+def test_R7_every_other_kind_of_bad_update_and_R10_the_order_of_users(of_rule, figure):
+    """R7: names, shapes (nothing is broadcast), dtypes, ranks: refused in one line that says what was expected. R10: updates
+    that come in 20 other orders give the same bits, by every rule."""
+    caught, tried, alike, rng = 0, 0, 0, random.Random(0)
     for rule in RULES:
-        run = runs_of_rules(rule)
-        expected = {i: run.asked_of(i) for i in range(3)}
-        how = {'lower_rank': rule == 'hetlora'}
-        for bad in bad_updates(run.sent[1]).values():
-            admitted, lines = federate.admit([(0, 5, run.sent[0]), (1, 5, bad), (2, 5, run.sent[2])], 5, expected, **how)
+        run, how = of_rule(rule), {'lower_rank': rule == 'hetlora'}
+        messages, expected = [(i, 5, update) for i, _, update in run.messages], run.expected
+        for bad in bad_updates(messages[1][2]).values():
+            admitted, lines = federate.admit([messages[0], (1, 5, bad), messages[2]], 5, expected, **how)
             caught += [*admitted] == [0, 2] and [user for user, _ in lines] == [1] and '\n' not in lines[0][1]
             tried += 1
-        admitted, lines = federate.admit([(i, 5, u) for i, u in run.sent.items()], 5, expected, **how)
+        admitted, lines = federate.admit(messages, 5, expected, **how)
         assert [*admitted] == [0, 1, 2] and not lines
-    updates = [{'h.0.mlp.generalists.0.c_fc.A': torch.ones(2, 3), 'h.0.mlp.generalists.0.c_fc.B': torch.ones(4, 2)}] * 2
-    for weights in ([0.0, 1.0], [-1.0, 2.0], [math.nan, 1.0], [math.inf, 1.0], [0.0, 0.0], [1.0], [1.0, 1.0, 1.0]):
-        for rule in (
-            lambda u, w: federate.flora(u, w, [1, 1]),
-            lambda u, w: federate.flexlora(u, w, [1, 1]),
-            federate.weighted_sum,
-        ):
-            if rule is federate.weighted_sum and weights == [0.0, 1.0]:
-                continue  # a user that another trusts not at all
-            with pytest.raises(ValueError, match='weights') as error:
-                rule(updates, weights)
-            caught, tried = caught + ('\n' not in str(error.value)), tried + 1
-    figure('R7', f'{caught}/{tried} bad updates and weights refused, {len(RULES)} rules', caught == tried)
+        first = by_hand(run, [*admitted.values()])
+        for _ in range(20):
+            rng.shuffle(messages)
+            again = by_hand(run, [*federate.admit(messages, 5, expected)[0].values()])
+            alike += all(map(same, first, again)) if isinstance(first, list) else same(first, again)
+    updates = [*of_rule('fedavg').updates.values()]
+    for combine in (federate.fedavg, federate.median, lambda u: federate.trimmed_mean(u, 0.4)):  # these without sorting by user
+        first = combine(updates)
+        for _ in range(20):
+            rng.shuffle(updates)
+            alike += same(combine(updates), first)
+    figure('R7', f'{caught}/{tried} bad updates refused, {len(RULES)} rules', caught == tried)
+    tried = 20 * (len(RULES) + 3)
+    figure('R10', f'{alike}/{tried} permutations of users give the same bits', alike == tried)
 
 
 # ---- R8: users that send rubbish which is finite ----------------------------------------------------------------------
@@ -419,18 +413,19 @@ def test_R8_hostile_users(train, tmp_path, capsys, figure):
     figure('R8', reached, worst[0] < 0.05 and warned == len(sizes))
 
 
-# ---- R9 to R11, R13: who takes part, in what order --------------------------------------------------------------------
-def test_R9_missing_users(train, runs_of_rules, figure):
+# ---- R9, R11, R13: who takes part ---------------------------------------------------------------------------------------
+def test_R9_missing_users(of_rule, figure):
     """Users away, or failing halfway through a round: exactly those present are combined; nobody present changes no bit."""
-    good, tried = 0, 0
+    good, tried, rounds = 0, 0, 4 if LONG else 2
     for rule in RULES:
-        for args in (['--participation=0.7'], ['--failures=0.25'], ['--failures=0.5'], ['--failures=0.75'])[: 4 if LONG else 2]:
-            run = runs_of_rules(rule, *args, '--rounds=4' if LONG else '--rounds=2')
-            good += is_rule_of(run, run.present) if run.present else True
+        for args in (['--participation=0.7'], ['--failures=0.5'], ['--failures=0.25'], ['--failures=0.75'])[: 4 if LONG else 2]:
+            run = of_rule(rule, *args, f'--rounds={rounds}')
+            present = [i for i in run.fleet.present(rounds - 1) if not run.fleet.fails(i, rounds - 1)]
+            good += is_rule_of(run, present) if present else not run.updates
             tried += 1
-        run = runs_of_rules(rule, '--failures=1', '--rounds=2')
-        start = {n: run.origin[n] for n in run.shared} if rule != 'flora' else {}
-        good += same(run.server, start) and same(run.base.state_dict(), load_gpt(run.init_from).state_dict())
+        run = of_rule(rule, '--failures=1', '--rounds=2')
+        start = run.fleet.asked if rule != 'flora' else {}
+        good += same(run.server, start) and same(run.fleet.base.state_dict(), load_gpt(run.c.init_from).state_dict())
         tried += 1
     figure('R9', f'{good}/{tried} runs combine exactly those present; nobody present changes no bit', good == tried)
 
@@ -443,41 +438,15 @@ def test_R9_a_user_that_fails_goes_on_from_its_file(train):
     assert all(user.expert_steps == 2 * len(rounds[user.id]) for user in run.users)  # of 2 local steps a round
 
 
-@pytest.mark.parametrize('seed', [0])
-def test_R10_the_order_of_users(runs_of_rules, figure, seed):
-    """Updates that come in 20 other orders: the same bits from every rule."""
-    rng, good = random.Random(seed), 0
-    for rule in RULES:
-        run = runs_of_rules(rule)
-        messages, expected = [(i, 0, u) for i, u in run.sent.items()], {i: run.asked_of(i) for i in range(3)}
-        first = by_hand(run, [*federate.admit(messages, 0, expected)[0].values()])
-        for _ in range(20):
-            rng.shuffle(messages)
-            again = by_hand(run, [*federate.admit(messages, 0, expected)[0].values()])
-            good += all(map(same, first, again)) if isinstance(first, list) else same(first, again)
-    updates = [*runs_of_rules('fedavg').sent.values()]
-    for combine in (federate.fedavg, federate.median, lambda u: federate.trimmed_mean(u, 0.4)):  # these without sorting by user
-        first = combine(updates)
-        for _ in range(20):
-            rng.shuffle(updates)
-            good += same(combine(updates), first)
-    tried = 20 * (len(RULES) + 3)
-    figure('R10', f'{good}/{tried} permutations of users give the same bits', good == tried)
-
-
-def test_R11_the_same_again(whole, tiny, train, tmp_path, figure):
+def test_R11_the_same_again(whole, train, tmp_path, figure):
     """A new process; and with one user more, the others' batches and losses are what they were."""
-    args, expected, _ = whole
-    assert forks([[*args, f'--out_dir={tmp_path}/again']], [{}])[0][0] == 0
-    again = state(tmp_path / 'again') == expected
+    command = [sys.executable, 'train.py', *whole.args, f'--out_dir={tmp_path}/again']
+    subprocess.run(command, cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, check=True)
+    again = state(tmp_path / 'again') == whole.leaves
     four = write_dataset(tmp_path / 'four', [user_streams(i, n) for i, n in enumerate((300, 500, 900, 400))])
     three, more = train('--method=local', out='three'), train('--method=local', f'--dataset={four}', out='four')
-    of = lambda run: [line for line in run.lines if line['user'] < 3]  # noqa: E731
-    figure(
-        'R11',
-        f'a new process: {again}; one more user: the others identical: {of(three) == of(more)}',
-        again and of(three) == of(more),
-    )
+    others = three.lines == [line for line in more.lines if line['user'] < 3]
+    figure('R11', f'a new process: {again}; one more user: the others identical: {others}', again and others)
 
 
 def test_R13_late_double_and_out_of_order(figure):
@@ -499,20 +468,21 @@ def test_R13_late_double_and_out_of_order(figure):
 
 # ---- R12: what leaves a device ----------------------------------------------------------------------------------------
 def test_R12_wire_audit(train, tiny, tmp_path, monkeypatch, figure):
-    """Every message holds the names of METHOD 0.5 and no other and has the bytes that are logged; specialists and routers are
-    filled with a marker that occurs in none: in one process by message, in two by all that is broadcast between them."""
-    marker, sent = 1.2345678e-3, []
+    """Every answer of a user holds the names of METHOD 0.5 and no other and has the bytes that are logged; specialists and
+    routers are filled with a marker that occurs in none: in one process by answer, in two by all that is broadcast between
+    them."""
+    marker, answers, ask = 1.2345678e-3, [], Fleet.ask
     needle = np.full(4, marker, '<f4').tobytes()
-    admit, initial = federate.admit, lora_moe.initial
-    monkeypatch.setattr(
-        federate, 'admit', lambda messages, *args, **how: sent.extend(messages) or admit(messages, *args, **how)
-    )
-    monkeypatch.setattr(
-        lora_moe,
-        'initial',
-        lambda name, shape, *key: initial(name, shape, *key) if key[1:2] == ('server',) else torch.full(shape, marker),
-    )
-    frozen, names, exact, hits, messages = ('--expert_lr=1e-30', '--router_lr=1e-30'), 0, 0, 0, 0
+
+    def audited(fleet, question, ids, **told):
+        found = ask(fleet, question, ids, **told)
+        answers.extend((question, i, fleet.journal.t, answer) for i, answer in found.items())
+        return found
+
+    monkeypatch.setattr(Fleet, 'ask', audited)
+    monkeypatch.setattr(user, 'initial', marked(user.initial, marker))
+    frozen, n, names, exact, hits = ('--expert_lr=1e-30', '--router_lr=1e-30'), 0, 0, 0, 0
+    asking = ('--judge_windows=4', '--consensus_start=1')
     for args in (
         ['--method=comigs_1g1s'],
         ['--method=comigs_1gxs', '--n_experts=3', '--n_generalists=2'],
@@ -521,33 +491,35 @@ def test_R12_wire_audit(train, tiny, tmp_path, monkeypatch, figure):
         ['--aggregate=median'],
         ['--method=comigs_2s'],
         ['--method=pcl', '--trust=weights'],
+        ['--method=pcl', *asking],
+        ['--method=pcl', '--trust=predictions', *asking],
+        ['--method=consensus', *asking],
     ):
-        sent.clear()
-        run = train(*args, *frozen, out='audit' + str(messages))
-        logged = {(line['user'], line['round']): line['bytes_up'] for line in run.lines if line['kind'] == 'comm'}
-        own = {user.id: save({n: p.detach() for n, p in user.adapter.items()}) for user in run.users}
-        assert run.method == 'pcl' or all(needle in raw for raw in own.values())  # so a search does find it
-        for user, t, update in sent:
-            leaves = [
-                n
-                for n in run.users[user].adapter
-                if ('.generalists.' in n and run.shares) or (run.share_attention and '.attn.' in n)
-            ]
-            raw = save(update)
+        answers.clear()
+        run = train(*args, *frozen, out=f'audit{n}')
+        own = [save({name: p.detach() for name, p in one.adapter.items()}) for one in run.users]
+        assert run.c.method == 'pcl' or all(needle in raw for raw in own)  # so a search does find it
+        assert not [line for line in run.lines if line['kind'] == 'refused']  # every answer is here
+        paid, c = dict.fromkeys(((i, t) for _, i, t, _ in answers), 0), run.c
+        for question, i, t, answer in answers:
+            attention = [name for name in run.users[i].adapter if '.attn.' in name and c.share_attention]
+            leaves = [name for name in run.users[i].adapter if '.generalists.' in name] + attention
+            legal = {'upload': leaves, 'judge': ['ppl'], 'predict': ['ids', 'values']}[question]
+            names += sorted(answer) == sorted(legal)
+            raw = save(answer)
             header = 8 + int.from_bytes(raw[:8], 'little')  # safetensors: 8 bytes, then names and shapes in JSON
-            names += sorted(update) == sorted(leaves)
-            exact += len(raw) - header == federate.n_bytes(update) == logged[user, t + 1]
+            paid[i, t] += len(raw) - header
             hits += needle in raw
-            messages += 1
+        logged = {(line['user'], line['round'] - 1): line['bytes_up'] for line in run.lines if line['kind'] == 'comm'}
+        exact += sum(paid[i, t] == logged[i, t] for _, i, t, _ in answers)
+        n += len(answers)
     wire = tmp_path / 'wire'
     job = given(tiny, tmp_path / 'two', '--method=comigs_1gxs', '--n_experts=3', '--n_generalists=1', *frozen)
-    assert forks([job], [{'audit': str(wire), 'mark': marker}], n=2)[0][0] == 0
+    assert several_runs([job], [{'audit': str(wire), 'mark': marker}], n=2)[0].status == 0
     hits += wire.read_bytes().count(needle)
     assert needle in (tmp_path / 'two' / 'adapters' / 'user0.safetensors').read_bytes()
-    reached = f'{hits} hits of the marker in {messages} messages and {wire.stat().st_size:,} bytes between two processes; '
-    figure(
-        'R12', reached + f'names {names}/{messages}, bytes exact {exact}/{messages}', hits == 0 and names == exact == messages
-    )
+    reached = f'{hits} hits of the marker in {n} answers and {wire.stat().st_size:,} bytes between two processes; '
+    figure('R12', reached + f'names {names}/{n}, bytes exact {exact}/{n}', hits == 0 and names == exact == n)
 
 
 # ---- R14 to R16: bad input --------------------------------------------------------------------------------------------
@@ -582,9 +554,8 @@ def fuzzed(rng: random.Random, defaults: dict[str, str], tmp_path: Path, i: int)
 
 def test_R14_fuzzed_command_lines(train, tmp_path, capsys, monkeypatch, figure):
     """Random switches and config files: a run, or exit code 2 and one line. Nothing else."""
-    switches = (ROOT / 'train.py').read_text().partition('# fmt: on')[0]
-    defaults = dict(re.findall(r'^([a-z]\w*) += (.*?) +#', switches, re.M))
-    for name in ('method', 'out_dir', 'device', 'compile', 'rounds', 'tensorboard', 'wandb', 'dataset', 'init_from', 'resume'):
+    defaults = dict(re.findall(r'^([a-z]\w*) += (.*?) +#', (ROOT / 'config/default.py').read_text(), re.M))
+    for name in ('method', 'out_dir', 'device', 'compile', 'rounds', 'dataset', 'init_from', 'resume'):
         del defaults[name]
     n, ran, refused_, other = 1000 if LONG else 60, 0, 0, []
     monkeypatch.chdir(tmp_path)
@@ -646,6 +617,8 @@ def broken_data(folder: Path) -> dict:
         'no hash': lambda: meta(user(sha256={})),
         'name': lambda: meta(user(name=7)),
         'user is null': lambda: meta(lambda m: m['users'].append(None)),
+        'overlap': lambda: meta(lambda m: m.update(overlap=[0.0])),
+        'overlap is no number': lambda: meta(lambda m: m.update(overlap=['much'] * 3)),
         'a folder': lambda: (train_bin.unlink(), train_bin.mkdir()),
     }
 
@@ -703,47 +676,43 @@ def test_R16_resume_with_something_changed(train, tiny, tmp_path, capsys, figure
 # ---- R17, R18: the machine --------------------------------------------------------------------------------------------
 def test_R17_disk_full_and_read_only(whole, tmp_path, figure):
     """A file-size limit stands for a full disk: one line, and what was there loads; with room again, the same bits."""
-    args, expected, _ = whole
-    long = [*args, '--rounds=2', '--local_steps=100']  # its metrics outgrow its other files
-    assert forks([[*long, f'--out_dir={tmp_path}/long']], [{}])[0][0] == 0
-    size = {name: sum(map(len, found[1].values())) for name, found in expected.items() if name != 'metrics'}
-    users = sorted(n for name, n in size.items() if name.startswith('user'))
+    long = [*whole.args, '--rounds=2', '--local_steps=100']  # its metrics outgrow its other files
+    assert several_runs([[*long, f'--out_dir={tmp_path}/long']])[0].status == 0
+    size = {name: sum(map(len, found[1].values())) for name, found in whole.leaves.items() if name != 'metrics'}
+    last = max(name for name in size if name.startswith('user'))
     biggest = max(file.stat().st_size for file in (tmp_path / 'long' / 'checkpoint').iterdir())
     assert (tmp_path / 'long' / 'metrics.jsonl').stat().st_size > biggest + 10_000
-    jobs = [(args, expected, users[-1] - 1000, 'user'), (long, state(tmp_path / 'long'), biggest + 1000, 'metrics.jsonl')]
-    outs = [tmp_path / str(i) for i in range(len(jobs))]
-    ends = forks(
-        [[*job, f'--out_dir={out}'] for (job, *_), out in zip(jobs, outs)], [{'limit': limit} for _, _, limit, _ in jobs]
-    )
+    limited = [(whole.args, size[last] - 1000, 'user'), (long, biggest + 1000, 'metrics.jsonl')]
+    outs = [tmp_path / str(i) for i in range(2)]
+    jobs = [[*args, f'--out_dir={out}'] for (args, *_), out in zip(limited, outs)]
+    ends = several_runs(jobs, [{'limit': limit} for _, limit, _ in limited])
     print(ends)  # shown if the test fails
     told = sum(
-        status == 1 and err.strip().count('\n') == 0 and 'cannot write' in err and file in err
-        for (status, _, err, _), (*_, file) in zip(ends, jobs)
+        end.status == 1 and end.err.strip().count('\n') == 0 and 'cannot write' in end.err and file in end.err
+        for end, (*_, file) in zip(ends, limited)
     )
     loads = sum(bool(checkpoint.check(out / 'checkpoint', checkpoint.rounds(out / 'checkpoint')[-1])) for out in outs)
-    again = forks([go_on(job, out) for (job, *_), out in zip(jobs, outs)], [{}] * len(jobs))
-    good = sum(status == 0 and state(out) == wanted for (status, *_), out, (_, wanted, *_) in zip(again, outs, jobs))
+    again = several_runs([go_on(args, out) for (args, *_), out in zip(limited, outs)])
+    wanted = whole.leaves, state(tmp_path / 'long')
+    good = sum(end.status == 0 and state(out) == leaves for end, out, leaves in zip(again, outs, wanted))
     locked = tmp_path / 'locked'
     locked.mkdir()
     locked.chmod(0o555)
     locked = locked if os.getuid() else Path('/sys')  # where even root can make no folder
-    (status, _, err, _) = forks([[*args, f'--out_dir={locked}/run']], [{}])[0]
-    read_only = status == 2 and err.count('\n') == 1 and 'cannot write to --out_dir' in err
+    (end,) = several_runs([[*whole.args, f'--out_dir={locked}/run']])
+    read_only = end.status == 2 and end.err.count('\n') == 1 and 'cannot write to --out_dir' in end.err
     reached = f'{told}/2 full disks end in one line, {loads}/2 still load, {good}/2 go on to the same bits; '
     reached += f'read-only refused: {read_only}'
     figure('R17', reached, told == loads == good == 2 and read_only)
 
 
-def test_R18_soak(tiny, tmp_path, figure):
+@pytest.mark.parametrize('rounds', [40, slow(300 if LONG else 100)])
+def test_R18_soak(tiny, tmp_path, figure, rounds):
     """Memory, open files and threads of many rounds: the last quarter against the one before it."""
-    rounds = 300 if LONG else 100
-    job = [
-        *given(tiny, tmp_path / 'soak', '--method=comigs_1gxs', '--n_experts=3,1,2'),
-        f'--rounds={rounds}',
-        '--eval_every=10',
-    ]
-    (status, _, err, samples) = forks([job], [{'samples': str(tmp_path / f'soak/checkpoint/round-{rounds}.safetensors')}])[0]
-    assert status == 0, err
+    job = [*given(tiny, tmp_path / 'soak', *RUNS['fedavg']), f'--rounds={rounds}', '--eval_every=10']
+    (end,) = several_runs([job], [{'samples': str(tmp_path / f'soak/checkpoint/round-{rounds}.safetensors')}])
+    assert end.status == 0, end.err
+    samples = end.samples
     usual = statistics.mode(files for _, files, _ in samples)  # with metrics.jsonl open: neither before the rounds nor after
     samples = [own for own in samples if own[1] >= usual]
     memory, files, threads = zip(*samples[len(samples) // 2 :])

@@ -1,4 +1,4 @@
-"""reproduce.py: which runs a table is made of, what is run again and what is not, and the tables themselves."""
+"""tools/reproduce.py: which runs a table is made of, what is run again and what is not, and the tables themselves."""
 
 import fcntl
 import json
@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, user_streams, write_dataset
 
-import reproduce
+from configurator import configure, fit
+from tools import reproduce
 
 SEEDS = [1, 2, 3]
 
@@ -38,39 +40,13 @@ def place(tiny, tmp_path, monkeypatch):
 def pretend(folder: Path, ppl: list[float], valid: float = 9.0, **config) -> None:
     """A finished run as train.py leaves it, with these test perplexities of its users at its only evaluation."""
     folder.mkdir(parents=True)
-    (folder / 'summary.json').write_text(
-        json.dumps(
-            {
-                'mean_test_ppl': float(np.mean(ppl)),
-                'test_ppl': ppl,
-                'mean_valid_ppl': valid,
-                'users': ['a', 'b'],
-                'rounds': 5,
-                'bytes_up': 40_000,
-                'bytes_down': 20_000,
-                'seconds': 7.2,
-                'trainable_params': [1000, 3000],
-            }
-        )
-    )
-    (folder / 'config.json').write_text(
-        json.dumps(
-            {
-                'rounds': 20,
-                'local_steps': 10,
-                'batch_size': 64,
-                'block_size': 128,
-                'init_from': 'gpt2',
-                'device': 'cpu',
-                'dtype': 'float32',
-                'git_commit': 'abc123',
-                'versions': {'torch': '2.6'},
-                **{'dataset': 'agnews', 'target': 'own', 'users': ['a', 'b'], 'n_experts': 2, 'n_generalists': 1, 'seed': 1},
-                **{'router_every': 30, 'router_steps': 10, 'method': 'local'},
-                **config,
-            }
-        )
-    )
+    summary = {'mean_test_ppl': float(np.mean(ppl)), 'test_ppl': ppl, 'mean_valid_ppl': valid, 'users': ['a', 'b'], 'rounds': 5}
+    summary |= {'bytes_up': 40_000, 'bytes_down': 20_000, 'seconds': 7.2, 'trainable_params': [1000, 3000]}
+    (folder / 'summary.json').write_text(json.dumps(summary))
+    c = {'rounds': 20, 'local_steps': 10, 'batch_size': 64, 'block_size': 128, 'init_from': 'gpt2', 'device': 'cpu'}
+    c |= {'dtype': 'float32', 'git_commit': 'abc123', 'versions': {'torch': '2.6'}, 'dataset': 'agnews', 'target': 'own'}
+    c |= {'users': ['a', 'b'], 'n_experts': 2, 'n_generalists': 1, 'seed': 1, 'router_every': 30, 'router_steps': 10}
+    (folder / 'config.json').write_text(json.dumps({**c, 'method': 'local', **config}))
     at = {'kind': 'eval', 'round': 5, 'step': 50, 'when': 'local', 'split': 'test', 'scores': [[0.7, 0.3], [0.4, 0.6]]}
     lines = [json.dumps({**at, 'user': i, 'ppl': p}) + '\n' for i, p in enumerate(ppl)]
     (folder / 'metrics.jsonl').write_text(''.join(lines))
@@ -83,20 +59,11 @@ def agnews(tmp_path, monkeypatch):
 
     def make(tokenizer: str = 'gpt2', dataset: str = 'agnews') -> dict:
         monkeypatch.chdir(tmp_path)
-        for file, text in (
-            (
-                f'data/{dataset}/meta.json',
-                json.dumps(
-                    {
-                        'tokenizer': tokenizer,
-                        'users': [{'name': n, 'tokens': {'train': 3000, 'valid': 200, 'test': 100}} for n in 'ab'],
-                    }
-                ),
-            ),
-            ('config/agnews.py', "dataset = 'agnews'\nrounds = 20\n"),
-        ):
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
-            Path(file).write_text(text)
+        users = [{'name': n, 'tokens': {'train': 3000, 'valid': 200, 'test': 100}} for n in 'ab']
+        for folder in ('config', f'data/{dataset}'):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        Path('data', dataset, 'meta.json').write_text(json.dumps({'tokenizer': tokenizer, 'users': users}))
+        Path('config/agnews.py').write_text("dataset = 'agnews'\nrounds = 20\n")
         return reproduce.setup_of(dataset, SEEDS, {})
 
     monkeypatch.setattr(subprocess, 'Popen', lambda *args, **kwargs: pytest.fail('nothing should have been run'))
@@ -107,7 +74,7 @@ def pretend_table(table: str, setup: dict, **config) -> None:
     """Finished runs for all rows: row r, seed s has the perplexities 30 + r + s and 32 + r + s."""
     for r, row in enumerate(reproduce.rows_of(table, setup['name'], setup['seeds'])):
         switches = {k: json.loads(f'[{v}]') if ',' in v else int(v) if v.isdigit() else v for k, v in row['switches'].items()}
-        for run in reproduce.plan(row, setup)['all']:
+        for run in reproduce.runs_of(row, setup)[0]:
             if not run['folder'].exists():  # of another figure
                 ppl = [30.0 + r + run['seed'], 32.0 + r + run['seed']]
                 pretend(run['folder'], ppl, **{**switches, 'seed': run['seed'], **config})
@@ -126,7 +93,7 @@ def test_a_table_has_mean_deviation_paper_and_difference(agnews, capsys):
     reproduce.main(['table1', '--dataset=agnews', '--seeds=1,2,3'])
     text, (_, rows) = Path('results/table1-agnews.md').read_text(), table_of('results/table1-agnews.md')
     assert text.startswith('# Table 1 on agnews\n') and len(rows) == 11  # the paper's own setting: nothing to say
-    assert 'Command: `python reproduce.py table1 --dataset=agnews --seeds=1,2,3`' in text
+    assert 'Command: `python tools/reproduce.py table1 --dataset=agnews --seeds=1,2,3`' in text
     assert all(fact in text for fact in ('Seeds: 1, 2, 3.', 'abc123', 'a machine', 'torch 2.6', 'a 3,000 / 200 / 100'))
     # row 2 is Local: users 33 and 35 with seed 1, so means 34, 35, 36; paper 41.50 (.05)
     assert rows['Local'] == {
@@ -181,7 +148,8 @@ def test_figure_9_is_a_grid_of_one_seed(agnews):
 def test_figures_are_drawn_and_their_last_values_tabulated(figure, agnews):
     """One seed, evaluated every 2 rounds, unless the command says otherwise."""
     agnews()
-    for args, seeds, every in (([], [42], '2'), (['--seeds=1,2', '--eval_every=5'], [1, 2], '5')):
+    cases = ([], [42], '2'), (['--seeds=1,2', '--eval_every=5'], [1, 2], '5')
+    for args, seeds, every in cases[: 1 + (figure == 'fig3')]:
         setup = reproduce.setup_of('agnews', seeds, {'eval_every': every})
         pretend_table(figure, setup)
         reproduce.main([figure, '--dataset=agnews', *args])
@@ -214,15 +182,15 @@ def test_hetlora_takes_the_coefficient_that_validation_prefers(best, agnews):
     """Three coefficients on the first seed, only the best of them on the others; test perplexity would choose another."""
     setup = agnews()
     row = next(r for r in reproduce.rows_of('table2', 'agnews', SEEDS) if r['switches']['method'] == 'hetlora')
-    first = reproduce.plan(row, setup)
-    assert [run['seed'] for run in first['all']] == [1, 1, 1] and first['unknown'] == 2 and not first['runs']
-    for coef, run in zip(reproduce.PRUNE_COEFS, first['all']):
+    first = reproduce.first_pass([row], setup)
+    assert [run['seed'] for run in first] == [1, 1, 1] and not reproduce.second_pass([row], setup)
+    for coef, run in zip(reproduce.PRUNE_COEFS, first):
         assert f'--prune_coef={coef}' in run['args']
         pretend(run['folder'], [40.0, 40.0] if coef == best else [20.0, 20.0], valid=5.0 if coef == best else 6.0)
-    then = reproduce.plan(row, setup)
-    assert [run['seed'] for run in then['runs']] == SEEDS and then['unknown'] == 0 and len(then['all']) == 6
-    assert all(f'--prune_coef={best}' in run['args'] for run in then['runs'])
-    for run in then['runs'][1:]:
+    then = reproduce.second_pass([row], setup)
+    assert [run['seed'] for run in then] == SEEDS and then[0] in first
+    assert all(f'--prune_coef={best}' in run['args'] for run in then)
+    for run in then[1:]:
         pretend(run['folder'], [40.0, 40.0])
     record = reproduce.record(row, setup)
     assert record['mean'] == 40 and f'prune_coef {best}' in record['label'] and len(record['valid_ppl_by_prune_coef']) == 3
@@ -230,10 +198,8 @@ def test_hetlora_takes_the_coefficient_that_validation_prefers(best, agnews):
 
 # ---- rows and folders ------------------------------------------------------------------------------------------------
 def folders(table: str, setup: dict) -> dict:
-    return {
-        row['label']: [run['folder'] for run in reproduce.plan(row, setup)['all']]
-        for row in reproduce.rows_of(table, setup['name'], SEEDS)
-    }
+    rows = reproduce.rows_of(table, setup['name'], SEEDS)
+    return {row['label']: [run['folder'] for run in reproduce.first_pass([row], setup)] for row in rows}
 
 
 def test_equal_rows_of_different_tables_share_their_runs(agnews):
@@ -250,6 +216,7 @@ def test_equal_rows_of_different_tables_share_their_runs(agnews):
     assert fig3 == {label: t1[label] for label in fig3} and {*t1} - {*fig3} == {
         'Pretrained', 'FFA-LoRA, rank 32', "CoMiGS-1G1S, released code's gradient leak"
     }  # fmt: skip
+    assert all('lora_rank' not in str(t2[f'{method}, ranks 16']) for method in ('HetLoRA', 'FlexLoRA'))  # the rows' default
     for table in (t1, t2, t4, t5, grid, related):  # and within a table every row has its own
         assert len({tuple(f) for f in table.values()}) == len(table)
 
@@ -261,7 +228,7 @@ def test_a_folder_is_found_by_all_that_shapes_the_numbers(agnews):
         return reproduce.run_of(switches, seed, reproduce.setup_of('agnews', SEEDS, dict(extra)))['folder']
 
     same, others = folder(), [folder(2), folder(1, {**switches, 'top_k': '1'}), folder(extra=[('rounds', '5')])]
-    assert folder(extra=[('a', '1'), ('b', '2')]) == folder(extra=[('b', '2'), ('a', '1')])
+    assert folder(extra=[('rounds', '1'), ('top_k', '2')]) == folder(extra=[('top_k', '2'), ('rounds', '1')])
     Path('config/agnews.py').write_text('rounds = 21\n')
     others.append(folder())
     agnews()
@@ -271,19 +238,25 @@ def test_a_folder_is_found_by_all_that_shapes_the_numbers(agnews):
     assert folder() == same and len({same, *others}) == 6
 
 
-def test_every_row_runs(train, tmp_path):
-    """One step of every row's own switches on four users: all its names and values are legal to train.py together."""
-    data = write_dataset(tmp_path / 'four', [user_streams(i, 300) for i in range(4)])
+def rows_of_all_tables() -> list[dict]:
+    """The switches of every row of every table on AG News, each once."""
     rows = [row['switches'] for table in reproduce.TITLES for row in reproduce.rows_of(table, 'agnews', SEEDS)]
-    for i, switches in enumerate({json.dumps(row): row for row in rows}.values()):
-        run = train(
-            '--rounds=1',
-            '--local_steps=1',
-            '--judge_windows=2',
-            f'--dataset={data}',
-            *(f'--{k}={v}' for k, v in switches.items()),
-            out=str(i),
-        )
+    return [*{json.dumps(row): row for row in rows}.values()]
+
+
+def test_every_row_is_legal():
+    for switches in rows_of_all_tables():
+        c = configure([f'--{k}={v}' for k, v in switches.items()])
+        assert len(fit(c, N=1 if c.pooled else 4, n_positions=1024).lora_rank) in (1, 4)
+
+
+@pytest.mark.slow
+def test_every_row_runs(train, tmp_path):
+    """One step of every row's own switches on four users."""
+    data = write_dataset(tmp_path / 'four', [user_streams(i, 300) for i in range(4)])
+    for i, switches in enumerate(rows_of_all_tables()):
+        args = ['--rounds=1', '--local_steps=1', '--judge_windows=2', f'--dataset={data}']
+        run = train(*args, *(f'--{k}={v}' for k, v in switches.items()), out=str(i))
         assert len(run.summary['test_ppl']) == 4, switches
 
 
@@ -305,21 +278,17 @@ def test_paper_values_are_read_by_data_set():
 
 # ---- sweeps ----------------------------------------------------------------------------------------------------------
 def test_a_sweep_runs_what_is_missing_and_nothing_twice(place, capfd):
-    command = ['table1,table4', '--dataset=tiny', '--seeds=1,2', '--jobs=2', '--device=cpu']
+    command = ['table1,table4', '--dataset=tiny', '--seeds=2', '--jobs=2', '--device=cpu']
     reproduce.main(command)
     out = capfd.readouterr().out
-    assert len(re.findall(r'^\[\d/4\] .* seed \d: test perplexity', out, re.M)) == 4  # 1G1S once for both tables
-    assert sorted(f.name for f in Path('results').iterdir()) == [
-        'table1-tiny.json',
-        'table1-tiny.md',
-        'table4-tiny.json',
-        'table4-tiny.md',
-    ]
+    assert len(re.findall(r'^\[\d/2\] .* seed 2: test perplexity', out, re.M)) == 2  # 1G1S once for both tables
+    written = [f'table{i}-tiny.{kind}' for i in (1, 4) for kind in ('json', 'md')]
+    assert sorted(f.name for f in Path('results').iterdir()) == written
     title, rows = Path('results/table1-tiny.md').read_text().splitlines()[0], table_of('results/table1-tiny.md')[1]
     assert title.startswith('# Table 1 on tiny, not a data set of the paper, scaled down: rounds 1 (paper: 20), ')
     assert rows['Local']['kB up'] == '0.0' != rows['CoMiGS-1G1S']['kB up'] and rows['Local']['paper'] == '-'
     summaries = sorted(place.glob('out/reproduce/tiny/*/summary.json'))
-    assert len(summaries) == 4
+    assert len(summaries) == 2
     for file in summaries:
         assert json.loads(file.read_text())['seed'] == int(re.search(r'seed(\d)', str(file))[1])
         assert 'OMP_NUM_THREADS=' in (file.parent / 'machine.txt').read_text()
@@ -339,17 +308,9 @@ def test_a_sweep_runs_what_is_missing_and_nothing_twice(place, capfd):
     assert changed == {lost.parent} and table_of('results/table1-tiny.md')[1]['Local']['test ppl'] == numbers
 
 
-def test_ctrl_c_ends_the_runs_and_the_same_command_goes_on(place):
-    command = [
-        sys.executable,
-        str(ROOT / 'reproduce.py'),
-        'table4',
-        '--dataset=tiny',
-        '--seeds=1',
-        '--jobs=1',
-        '--device=cpu',
-        '--rounds=500',
-    ]
+def test_ctrl_c_ends_the_runs_and_the_same_command_goes_on(place, capsys):
+    args = ['table4', '--dataset=tiny', '--seeds=1', '--jobs=1', '--device=cpu', '--rounds=500']
+    command = [sys.executable, str(ROOT / 'tools/reproduce.py'), *args]
 
     def stopped(sign: int, round: int) -> str:
         """The command, stopped in this round of its first run: what it says."""
@@ -368,38 +329,85 @@ def test_ctrl_c_ends_the_runs_and_the_same_command_goes_on(place):
     assert not (folder / 'summary.json').exists()
     with open(folder.parent / '.lock') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free: no run is left behind
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 2 and 'another sweep of tiny' in done.stderr and done.stderr.count('\n') == 1
+        with pytest.raises(SystemExit) as end:
+            reproduce.main(args)
+        err = capsys.readouterr().err
+        assert end.value.code == 2 and 'another sweep of tiny' in err and err.count('\n') == 1
     metrics = [*map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())]
     assert stopped(signal.SIGTERM, metrics[-1]['round'] + 5) == said  # as `timeout` does
     assert [*place.glob('out/reproduce/tiny/*/')] == [folder] and (folder / 'config.json').stat().st_mtime_ns == begun
 
 
-def test_every_gpu_gets_runs_of_its_own(tmp_path, monkeypatch):
+@pytest.fixture
+def fake_runs(place, monkeypatch):
+    """fake_runs(end): in place of a process of train.py, end(folder, env) is called, which returns the exit status."""
+
+    def use(end) -> None:
+        def popen(command, env, **kwargs):
+            folder = Path(next(arg for arg in command if arg.startswith('--out_dir=')).partition('=')[2])
+            return SimpleNamespace(wait=lambda: end(folder, env), terminate=lambda: None)
+
+        monkeypatch.setattr(subprocess, 'Popen', popen)
+
+    return use
+
+
+def test_every_gpu_gets_runs_of_its_own(fake_runs, monkeypatch):
     monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
     monkeypatch.setattr('os.sched_getaffinity', lambda pid: range(16), raising=False)
     monkeypatch.setattr(subprocess, 'run', lambda *args, **kwargs: SimpleNamespace(stdout=', some GPU'))
-    monkeypatch.setattr(subprocess, 'Popen', lambda *args, env, **kwargs: env)
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,5')
     assert reproduce.machine_of(0, 'cpu')[:3] == (8, 2, [])
     machine = reproduce.machine_of(0, 'auto')
     assert machine[:3] == (2, 8, ['3', '5']) and 'some GPU' in machine[3]
-    machine = reproduce.machine_of(4, 'cuda')
-    given = [reproduce.start({'folder': tmp_path / str(slot), 'args': []}, slot, machine, 0)['process'] for slot in range(4)]
-    assert [env['CUDA_VISIBLE_DEVICES'] for env in given] == ['3', '5', '3', '5']
+    given, together = [], threading.Barrier(4)
+
+    def end(folder, env):
+        together.wait(30)  # four runs are there at once
+        given.append(env)
+        (folder / 'summary.json').write_text('{"mean_test_ppl": 5, "seconds": 1}')
+        return 0
+
+    fake_runs(end)
+    setup = reproduce.setup_of('tiny', [1, 2, 3, 4], {'device': 'cuda'})
+    reproduce.sweep([reproduce.run_of({'method': 'local'}, seed, setup) for seed in setup['seeds']], setup, 4, 'a sweep')
+    assert sorted(env['CUDA_VISIBLE_DEVICES'] for env in given) == ['3', '3', '5', '5']
     assert {env['OMP_NUM_THREADS'] for env in given} == {'4'}
 
 
-def test_a_run_that_fails_is_named_in_one_line(place, capfd):
-    with pytest.raises(SystemExit) as end:  # train.py refuses: nothing is left of it
-        reproduce.main(['table1', '--dataset=tiny', '--seeds=1', '--device=cpu', '--roundz=3'])
-    out, err = capfd.readouterr()
-    assert end.value.code == 2 and err.count('\n') == 1 and 'did you mean --rounds?' in err and ' seed 1: train.py' in err
-    assert not [*place.glob('out/reproduce/tiny/*/')]
-    with pytest.raises(SystemExit) as end:  # it breaks: its log stays, and is named
-        reproduce.main(['table1', '--dataset=tiny', '--seeds=1', '--device=cpu', '--expert_lr=1e30', '--local_steps=40'])
-    assert 'the training loss is' in end.value.code and 'log.txt' in end.value.code and '\n' not in end.value.code
-    assert not Path('results').exists()
+def test_a_run_that_fails_is_named_and_the_others_go_on(fake_runs, capsys):
+    def end(folder, env):
+        (folder / 'log.txt').write_text('beginning\n\nthe training loss is nan\n')
+        if 'local' in folder.name:
+            return status
+        (folder / 'summary.json').write_text('{"mean_test_ppl": 5, "seconds": 1}')
+        return 0
+
+    fake_runs(end)
+    for status, how in ((1, 'failed with exit status 1'), (-9, 'was killed by signal 9'), (0, 'failed with exit status 0')):
+        with pytest.raises(SystemExit) as end_of_sweep:
+            reproduce.main(['table1', '--dataset=tiny', '--seeds=1', '--device=cpu', '--jobs=1', f'--block_size={17 + status}'])
+        out, err = capsys.readouterr()
+        assert re.fullmatch(rf'\[1/2\] local seed 1 {how}: the training loss is nan \(.*/log.txt\)\n', err)
+        assert out == '[2/2] comigs_1g1s seed 1: test perplexity 5.000, 1 s\n'
+        assert '1 of 2 runs failed' in end_of_sweep.value.code and not Path('results').exists()
+
+
+def test_a_run_that_is_refused_ends_the_sweep(fake_runs, capsys):
+    """Bad input that only train.py can find, such as a block longer than the base allows, is the same for the other runs."""
+    begun = []
+
+    def end(folder, env):
+        begun.append(folder)
+        (folder / 'log.txt').write_text('train.py: --block_size=64, n_positions=32: the base has no more positions\n')
+        return 2
+
+    fake_runs(end)
+    with pytest.raises(SystemExit) as end_of_sweep:
+        reproduce.main(['table1', '--dataset=tiny', '--seeds=1,2,3', '--device=cpu', '--jobs=1', '--block_size=64'])
+    err = capsys.readouterr().err
+    assert end_of_sweep.value.code == 2 and err.count('\n') == 1 and ' seed 1' in err and 'no more positions' in err
+    assert len(begun) < 6
 
 
 @pytest.mark.parametrize(
@@ -408,19 +416,22 @@ def test_a_run_that_fails_is_named_in_one_line(place, capfd):
         (['table3'], "unknown table 'table3'; known: table1"),
         (['table1,'], "unknown table ''"),
         ([], 'tables'),
-        (['table1', '--dataset=nowhere'], 'no config/nowhere.py'),
-        (['table1', '--dataset=../tiny'], 'no config/../tiny.py'),
-        (['table1', '--dataset=tiny-bytes'], 'run python data/prepare.py tiny --tokenizer=bytes --name=tiny-bytes'),
-        (['table1', '--dataset=tiny-small'], 'run python data/prepare.py tiny --name=tiny-small'),
+        (['table1', '--dataset=nowhere'], 'it needs config/nowhere.py'),
+        (['table1', '--dataset=../tiny'], 'it needs config/../tiny.py'),
+        (['table1', '--dataset=tiny-bytes'], 'python data/prepare.py tiny --tokenizer=bytes --name=tiny-bytes'),
+        (['table1', '--dataset=tiny-small'], 'python data/prepare.py tiny --name=tiny-small'),
         (['table1', '--seeds=1,x'], '--seeds=1,x'),
         (['table1', '--seeds=1,1'], '--seeds=1,1'),
         (['table1', '--seeds=-1'], '--seeds=-1'),
         (['table1', '--jobs=-2'], '--jobs=-2'),
-        (['table1', '--jobs=two'], '--jobs=two'),
+        (['table1', '--jobs=two'], "--jobs: invalid int value: 'two'"),
         (['table1', '--rounds', '5'], "'5' is no switch"),
         (['table1', '--method=local'], '--method cannot be passed on'),
         (['table1', '--seed=3'], '--seeds=42,45'),
         (['fig9', '--router_every=3'], '--router_every cannot be passed on: rows'),
+        (['table1', '--roundz=3'], 'did you mean --rounds?'),
+        (['table1', '--match=full'], 'there is no switch --match any more'),
+        (['table1', '--clip_norm=1'], 'it bounds the moves'),
     ],
 )
 def test_bad_input_is_one_line(argv, says, place, capsys):

@@ -1,11 +1,10 @@
-"""routing.py and `eval.py --routing_html`: scores, shares, pieces of text, and a page on which a text is nothing but text."""
+"""tools/routing.py: scores, shares, pieces of text, and a page on which a text is nothing but text."""
 
 import base64
 import json
 import re
 import shutil
 import subprocess
-import sys
 from html import unescape
 from html.parser import HTMLParser
 
@@ -13,12 +12,14 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from conftest import user_streams, write_dataset
+from conftest import devices, refused, user_streams, write_dataset
 
-import eval as eval_file
-import routing
+from config.default import METHODS
 from data.stream import encoding
-from eval import evaluate, token_scores
+from eval import open_run
+from model import evaluate
+from tools import routing
+from tools.routing import token_scores
 
 HOSTILE = '</script><img src=x onerror="document.title=1"><!-- <b>&amp;</b> \u2028\u2029 é—👩\r\n\t ]]> {{data}}'
 BYTES = {bytes([i]): i for i in range(256)}
@@ -36,14 +37,13 @@ def numbers(page: str) -> dict:
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
 
 
-def report(monkeypatch, *args):
-    monkeypatch.setattr(sys, 'argv', ['eval.py', *map(str, args)])
-    eval_file.main()
+def report(*args) -> dict:
+    """The page that the tool writes for a run."""
+    routing.main([*map(str, args)])
+    return numbers((args[0] / 'routing.html').read_text(encoding='utf-8'))
 
 
 # ---- scores
-
-
 @pytest.mark.parametrize(
     'args',
     [
@@ -53,11 +53,13 @@ def report(monkeypatch, *args):
         ['--n_experts=3', '--one_routing'],
     ],
 )
-def test_scores_are_the_softmax_of_router_logits(train, args):
+def test_scores_are_the_softmax_of_router_logits(tiny, args):
     """softmax(Φ LN2(x)), written out with numpy on the inputs that each layer's router saw, for each token in its place."""
-    model, tokens = (user := train('--method=comigs_1gxs', *args).users[0]).model, user.data['test'][:41]
-    inputs = {}
+    user = devices(tiny.model, '--method=comigs_1gxs', *args)[0]
+    model, tokens, inputs = user.model, user.data['test'][:41], {}
     for layer, block in enumerate(model.h):
+        if block.mlp.router is not None:
+            block.mlp.router.weight.data *= 20  # scores far apart
         block.ln_2.register_forward_hook(lambda _, __, x, layer=layer: inputs.setdefault(layer, []).append(x.flatten(0, 1)))
     loss, scores = token_scores(model, tokens, 16)
     assert scores.shape == (2, 40, model.h[0].mlp.router.out_features) and scores.dtype == np.float32
@@ -72,17 +74,13 @@ def test_scores_are_the_softmax_of_router_logits(train, args):
         np.testing.assert_allclose(scores[layer], by_hand, atol=1e-6)
 
 
-def test_scores_agree_with_the_report(train):
-    user = train('--method=comigs_1gxs', '--n_experts=3').users[0]
-    result = evaluate(user.model, user.data['test'], 16)
-    scores = token_scores(user.model, user.data['test'], 16)[1]
+def test_scores_agree_with_the_report_and_one_expert_scores_one(finished):
+    three, one, _ = finished.users
+    result = evaluate(three.model, three.data['test'], 16)
+    scores = token_scores(three.model, three.data['test'], 16)[1]
     np.testing.assert_allclose(scores.mean(1), result['scores'], atol=1e-6)
     np.testing.assert_allclose(routing.generalist_share(scores, 1), np.array(result['top1'])[:, 0])
-
-
-def test_one_expert_scores_one(train):
-    user = train('--method=comigs_1gxs', '--n_experts=1').users[0]
-    assert (token_scores(user.model, user.data['test'], 16)[1] == np.ones((2, 149, 1))).all()
+    assert (token_scores(one.model, one.data['test'], 16)[1] == np.ones((2, 149, 1))).all()
 
 
 def test_share_and_extremes_by_hand():
@@ -95,13 +93,9 @@ def test_share_and_extremes_by_hand():
     assert routing.generalist_share(scores, 2) == [10 / 11, 0] and routing.generalist_share(scores, 3) == [1, 1]
     said = routing.extremes(tokens, scores, 1, encoding('bytes'))  # 67 is too rare
     assert said == {'least': 5, 'generalist': [['A', 0.6, 5]], 'specialist': [['B', 0.3, 5]]}
-    both = routing.extremes(
-        tokens, scores, 2, encoding('bytes')
-    )  # of two generalists the sum: A (0.9 + 0.1/3 + 0.3 + 0.7/3) / 2
+    both = routing.extremes(tokens, scores, 2, encoding('bytes'))  # of two the sum: A (0.9 + 0.1/3 + 0.3 + 0.7/3) / 2
     assert both['generalist'] == [['A', 0.733, 5]]
-    assert (
-        routing.extremes(tokens, scores, 0, encoding('bytes')) is routing.extremes(tokens, scores, 3, encoding('bytes')) is None
-    )
+    assert all(routing.extremes(tokens, scores, k, encoding('bytes')) is None for k in (0, 3))
 
 
 def test_quantised_scores_keep_their_best():
@@ -115,8 +109,6 @@ def test_quantised_scores_keep_their_best():
 
 
 # ---- text
-
-
 @pytest.mark.parametrize('enc', [encoding('bytes'), MERGED])
 @pytest.mark.parametrize('text', [HOSTILE, 'ababé—', '你好👩‍👩‍👧', 'x'])
 def test_pieces_join_to_the_text(enc, text):
@@ -161,35 +153,26 @@ def test_the_template_has_one_place_for_the_data_and_no_address():
 
 
 # ---- the page of a run
-
-
-def test_page_of_a_run(train, monkeypatch, capsys):
+def test_page_of_a_run(finished, tmp_path, capsys):
     """Every cell has its numbers: the run's perplexities on the diagonal, the shares, and the scores of what is shown."""
-    run = train('--method=comigs_1gxs', '--n_experts=3,2,1')
-    report(monkeypatch, run.out, '--routing_html', '--passage_tokens=20')
-    said, page = capsys.readouterr().out, (run.out / 'routing.html').read_bytes()
-    data = numbers(page.decode())
+    run = shutil.copytree(finished.out, tmp_path / 'run')
+    data, models = report(run, '--passage_tokens=20'), open_run(run).models  # as tested: finished.users have had a mean since
+    said, page = capsys.readouterr().out, (run / 'routing.html').read_bytes()
     assert data['models'] == [t['name'] for t in data['texts']] == ['user 0', 'user 1', 'user 2']
     for i, text in enumerate(data['texts']):
-        tokens = run.users[i].data['test']
+        tokens = finished.users[i].data['test']
         assert ''.join(text['pieces']) == bytes(tokens[:20].astype('u1')).decode() and text['counted'] == 149
-        assert text['own'] == i and text['cells'][i]['ppl'] == pytest.approx(run.summary['test_ppl'][i], abs=1e-3)
-        for user, c in zip(run.users, text['cells']):
-            result = evaluate(as_tested(run, user.id), tokens, 16)
+        assert text['own'] == i and text['cells'][i]['ppl'] == pytest.approx(finished.summary['test_ppl'][i], abs=1e-3)
+        for j, (model, c) in enumerate(zip(models, text['cells'])):
+            result = evaluate(model, tokens, 16)
             assert c['ppl'] == pytest.approx(result['ppl'], abs=1e-4)
             share = [layer[0] for layer in result['top1']] if result['top1'] else [1, 1]
-            assert c['share'] == pytest.approx(share, abs=1e-4) and c['experts'] == [3, 2, 1][user.id]
+            assert c['share'] == pytest.approx(share, abs=1e-4) and c['experts'] == [3, 1, 2][j]
             assert len(base64.b64decode(c['scores'])) == 2 * 20 * c['experts']
-    assert data['texts'][2]['extremes'] is None and data['texts'][0]['extremes']['generalist']
+    assert data['texts'][1]['extremes'] is None and data['texts'][0]['extremes']['generalist']
     assert f'{np.mean(data["texts"][1]["cells"][0]["share"]):.3f}' in said and 'wrote' in said
-    assert not (run.out / 'eval.json').exists()  # instead of the report, not besides
-    report(monkeypatch, run.out, '--routing_html', '--passage_tokens=20')
-    assert (run.out / 'routing.html').read_bytes() == page
-
-
-def as_tested(run, i):
-    """User i's model as it was tested: train.py's own has had the last aggregation."""
-    return eval_file.models_of(run.out, eval_file.load_gpt(str(run.init_from)))[1][i]
+    report(run, '--passage_tokens=20')
+    assert (run / 'routing.html').read_bytes() == page and not (run / 'eval.json').exists()
 
 
 @pytest.mark.parametrize(
@@ -200,61 +183,51 @@ def as_tested(run, i):
         ['--method=centralized', '--router=learned', '--router_data=joint'],
     ],
 )
-def test_no_generalist_several_and_one_model_for_all(train, monkeypatch, args):
-    run = train(*args)
-    report(monkeypatch, run.out, '--routing_html')
-    data = numbers((run.out / 'routing.html').read_text(encoding='utf-8'))
-    assert data['models'] == (['all'] if run.pooled else ['user 0', 'user 1', 'user 2']) and len(data['texts']) == 3
-    assert [t['own'] for t in data['texts']] == ([0, 0, 0] if run.pooled else [0, 1, 2])
+def test_no_generalist_several_and_one_model_for_all(train, args):
+    run = train(*args, '--rounds=1')
+    data = report(run.out)
+    assert data['models'] == (['all'] if run.c.pooled else ['user 0', 'user 1', 'user 2']) and len(data['texts']) == 3
+    assert [t['own'] for t in data['texts']] == ([0, 0, 0] if run.c.pooled else [0, 1, 2])
     assert all(len(c['share']) == 2 for t in data['texts'] for c in t['cells'])
-    if run.n_generalists == 0:
+    if run.c.n_generalists == 0:
         assert all(c['share'] == [0, 0] for t in data['texts'] for c in t['cells']) and not data['texts'][0]['extremes']
 
 
-def test_eight_of_many_users(train, monkeypatch, tmp_path):
+def test_eight_of_many_users(train, tmp_path):
     data = write_dataset(tmp_path / 'many', [user_streams(i % 5, 100) for i in range(11)])
-    run = train(f'--dataset={data}', '--rounds=1')
-    report(monkeypatch, run.out, '--routing_html')
-    said = numbers((run.out / 'routing.html').read_text(encoding='utf-8'))
+    said = report(train(f'--dataset={data}', '--rounds=1', '--local_steps=1').out)
     assert said['users'] == 11 and said['models'] == [f'user {i}' for i in (0, 1, 3, 4, 6, 7, 9, 10)]
 
 
-def test_users_that_have_not_taken_part_are_left_out(train, monkeypatch, capsys):
+def test_users_that_have_not_taken_part_are_left_out(train):
     run = train('--participation=0.34', '--rounds=1')  # one of three users: the others have no checkpoint
     (run.out / 'summary.json').unlink()  # as if it were still running
-    report(monkeypatch, run.out, '--routing_html')
-    data = numbers((run.out / 'routing.html').read_text(encoding='utf-8'))
+    data = report(run.out)
     took_part = {f'user {line["user"]}' for line in run.lines if line['kind'] == 'train'}
     assert data['models'] == [*took_part] and data['users'] == 3
 
 
-def test_bad_input(train, monkeypatch, capsys):
+def test_bad_input(train, finished, monkeypatch, capsys, tmp_path):
     """One line, before the models are built."""
-    routed = train()
-    with_routers = [name for name, (row, *_) in routed.METHODS.items() if row[3] != 'mean']
-    monkeypatch.setattr(eval_file, 'models_of', None)
+    with_routers = [name for name, (row, *_) in METHODS.items() if row[3] != 'mean']
+    monkeypatch.setattr(routing, 'open_run', None)
     cases = [
-        (train('--method=local', out='l').out, [], ['no routers', 'router=mean', *with_routers]),
-        (train('--method=ffa_lora', out='f').out, [], ['no routers', 'one expert each', *with_routers]),
-        (routed.out, ['--target=mixture'], ['no --target']),
-        (routed.out, [str(routed.out)], ['one run']),
-        (routed.out, ['--passage_tokens=0'], ['expected a number >= 1']),
+        (train('--method=local', '--rounds=0', out='l').out, [], ['no routers', 'router=mean', *with_routers]),
+        (train('--method=ffa_lora', '--rounds=0', out='f').out, [], ['no routers', 'one expert each', *with_routers]),
+        (finished.out, ['--target=mixture'], ['unrecognized arguments: --target=mixture']),
+        (finished.out, [finished.out], ['unrecognized arguments']),
+        (finished.out, ['--passage_tokens=0'], ['expected a number >= 1']),
+        (tmp_path / 'none', [], ['is no run']),
     ]
     for out, args, words in cases:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            report(monkeypatch, out, *args, '--routing_html')
-        err = capsys.readouterr().err
-        assert exit.value.code == 2 and err.count('\n') == 1 and all(word in err for word in words), err
-    assert not (routed.out / 'routing.html').exists()
+        err = refused(capsys, report, out, *args)
+        assert all(word in err for word in words), err
+    assert not (finished.out / 'routing.html').exists()
 
 
-def test_a_run_that_diverged(train, monkeypatch, capsys):
-    run = train()
-    monkeypatch.setattr(eval_file, 'token_scores', lambda *_: (float('nan'), np.full((2, 149, 2), np.nan)))
-    with pytest.raises(SystemExit):
-        report(monkeypatch, run.out, '--routing_html')
-    assert 'scores that are no numbers' in capsys.readouterr().err
+def test_a_run_that_diverged(finished, monkeypatch, capsys):
+    monkeypatch.setattr(routing, 'token_scores', lambda *_: (float('nan'), np.full((2, 149, 2), np.nan)))
+    assert 'scores that are no numbers' in refused(capsys, report, finished.out)
 
 
 # ---- in a browser
@@ -276,7 +249,7 @@ def test_in_a_browser_text_is_text(tmp_path):
             'own': i,
             'extremes': routing.extremes(np.repeat(tokens, 5), np.repeat(scores, 5, 1), 1, enc),
         }
-        | {'cells': [routing.cell(float('inf'), scores, 1, len(tokens)) for _ in range(2)]}
+        | {'cells': [routing.measured(float('inf'), scores, 1, len(tokens)) for _ in range(2)]}
         for i in range(2)
     ]
     facts = dict.fromkeys(('run', 'init_from', 'method', 'dataset', 'tokenizer'), image)

@@ -1,6 +1,7 @@
-"""sample.py: whose text it is, that it comes as it is made, columns, refusals."""
+"""tools/sample.py: whose text it is, that it comes as it is made, refusals."""
 
 import json
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -8,38 +9,30 @@ from types import SimpleNamespace
 import pytest
 import tiktoken
 import torch
-from conftest import ROOT
+from conftest import ROOT, refused, trainer
 
-import sample
 from data.stream import encoding
-from eval import models_of
+from eval import open_run
 from model import GPT, GPTConfig, save_gpt
+from tools import sample
 
 BYTES = encoding('bytes')
 
 
+@pytest.fixture(scope='module')
+def far(tiny, tmp_path_factory) -> SimpleNamespace:
+    """A run whose models are far enough from each other to write different texts."""
+    return trainer(tiny, tmp_path_factory.mktemp('far'))('--expert_lr=0.05')
+
+
 @pytest.fixture
-def text(monkeypatch, capsys):
-    """text(*args) runs sample.py here and returns what it printed."""
+def text(capsys):
+    """text(*args) is what the tool prints."""
 
     def run(*args):
         capsys.readouterr()
-        monkeypatch.setattr(sys, 'argv', ['sample.py', *map(str, args)])
-        sample.main()
+        sample.main([*map(str, args)])
         return capsys.readouterr().out
-
-    return run
-
-
-@pytest.fixture
-def refused(text, capsys):
-    """refused(message, *args): sample.py says one line with that message, and exits with 2."""
-
-    def run(message, *args):
-        with pytest.raises(SystemExit) as exit:
-            text(*args)
-        said = capsys.readouterr()
-        assert exit.value.code == 2 and said.out == '' and said.err.count('\n') == 1 and message in said.err, said.err
 
     return run
 
@@ -52,62 +45,37 @@ def expected(model, prompt, tokens=30, **how):
     return (prompt + BYTES.decode_bytes(new).decode(errors='replace')).translate(sample.CONTROL) + '\n'
 
 
-def test_whose_text(train, text, tiny):
+def test_whose_text(far, text, tiny):
     """A user by number or name, the generalist, the base: each writes what its model generates, and they differ."""
-    run = train('--expert_lr=0.05')
-    users, generalist = models_of(run.out, tiny.model)[1:]
-    seen = set()
-    for who, model in (
-        ('0', users[0]),
-        ('2', users[2]),
-        ('user 2', users[2]),
-        ('generalist', generalist),
-        ('base', tiny.model),
-    ):
-        out = text(run.out, f'--user={who}', '--prompt=abc', '--tokens=30', '--temperature=0')
+    opened, seen = open_run(far.out), set()
+    users = opened.models
+    whom = {'0': users[0], '2': users[2], 'user 2': users[2], 'generalist': opened.generalist, 'base': tiny.model}
+    for who, model in whom.items():
+        out = text(far.out, f'--user={who}', '--prompt=abc', '--tokens=30', '--temperature=0')
         assert out == expected(model, 'abc', temperature=0)
         seen.add(out)
     assert len(seen) == 4
     how = ('--prompt=ab', '--tokens=30', '--temperature=1.5', '--top_k=9')
     first, third = (expected(users[0], 'ab', temperature=1.5, top_k=9, seed=seed) for seed in (4, 6))
-    assert text(run.out, *how, '--seed=4') == first != third  # the first user is the default
-    assert text(run.out, *how, '--seed=4', '--samples=3').split('-' * sample.NARROWEST + '\n')[::2] == [first, third]
+    assert text(far.out, *how, '--seed=4') == first != third  # the first user is the default
+    assert text(far.out, *how, '--seed=4', '--samples=3').split(f'{sample.RULE}\n')[::2] == [first, third]
 
 
-def test_compare_is_everybodys_own_text(train, text, monkeypatch):
-    """Below each other in a pipe; in columns on a terminal of 80, the same words."""
-    run = train('--expert_lr=0.05')
+def test_compare_is_everybodys_own_text(far, text, monkeypatch):
+    """One below the other, the words of each alone."""
     how = ('--prompt=ab', '--prompt=c', '--tokens=20', '--seed=2', '--temperature=1.2')
-    out = text(run.out, '--compare', *how)
+    out = text(far.out, '--compare', *how)
     titles = ('base', 'generalist', '0 user 0', '1 user 1', '2 user 2')
     assert [line for line in out.splitlines() if line in titles] == 2 * [*titles]
     assert out.count("prompt 'ab', seed 2\n") == out.count("prompt 'c', seed 2\n") == 1
     for title in titles:
-        alone = text(run.out, f'--user={title.split()[0]}', *how).split('-' * sample.NARROWEST + '\n')
+        alone = text(far.out, f'--user={title.split()[0]}', *how).split(f'{sample.RULE}\n')
         for prompt, own in zip(('ab', 'c'), alone):
-            assert f'{title}\n{"-" * sample.NARROWEST}\n{own.removeprefix(prompt)}' in out
-    some = text(run.out, '--compare', '--user=user 2,0', *how)
+            assert f'{title}\n{sample.RULE}\n{own.removeprefix(prompt)}' in out
+    some = text(far.out, '--compare', '--user=user 2,0', *how)
     assert [line for line in some.splitlines() if line in titles] == 2 * ['base', 'generalist', '2 user 2', '0 user 0']
-    monkeypatch.setattr(type(sys.stdout), 'isatty', lambda self: True)
-    monkeypatch.setenv('COLUMNS', '80')
-    lines = text(run.out, '--compare', *how).splitlines()
-    assert all(len(line) <= 80 for line in lines)
-    assert [line.split('   ')[0] for line in lines if line.startswith(('base ', '1 user 1 '))] == 2 * ['base', '1 user 1']
-
-
-def test_columns():
-    out = sample.side_by_side(['a', 'b', 'c'], ['x' * 30 + '\n  y', 'one two ' * 5, '\tz'], 50)
-    assert out.splitlines() == [
-        'a                         b',
-        '-' * 24 + '  ' + '-' * 24,
-        'x' * 24 + '  ' + 'one two one two one two',
-        'x' * 6 + ' ' * 20 + 'one two one two',
-        '  y',
-        '',
-        'c',
-        '-' * 24,
-        '    z',
-    ]
+    monkeypatch.setattr(sample, 'MOST', 2)  # of many users the first, unless --user names others
+    assert [line for line in text(far.out, '--compare', *how).splitlines() if line in titles] == 2 * [*titles[:4]]
 
 
 def test_a_character_comes_when_it_is_complete():
@@ -152,7 +120,8 @@ def test_a_text_ends_at_end_of_text(text, tmp_path):
 def test_it_streams_and_ends_with_its_reader():
     """The first bytes come long before the last token is made, and a closed pipe is no error that anybody sees."""
     args = ('--init_from=assets/base-tiny.safetensors', '--prompt=naïve', '--tokens=1000000')
-    process = subprocess.Popen([sys.executable, 'sample.py', *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [sys.executable, 'tools/sample.py', *args]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         assert process.stdout.read(12).decode(errors='ignore').startswith('naïve') and process.poll() is None
         process.stdout.close()
@@ -162,34 +131,42 @@ def test_it_streams_and_ends_with_its_reader():
         process.kill()
 
 
-def test_refusals(train, refused, tiny, tmp_path):
-    run = train()
-    refused('nothing to sample from')
-    refused('no config.json', tmp_path)
-    refused('no base model', '--init_from=nowhere')
-    for who in ('3', '-1', 'user', 'Base', '0,1'):
-        refused(f'--user={who}: expected one of base, generalist, 0 (user 0), 1 (user 1), 2 (user 2)', run.out, f'--user={who}')
-    refused('expected one of base', '--init_from', tiny.base, '--user=generalist')
-    refused('--user=7: expected one of', run.out, '--compare', '--user=0,7')
-    for bad in ('tokens=0', 'top_k=0', 'temperature=-0.1', 'temperature=nan', 'temperature=inf', 'samples=0', 'seed=-1'):
-        refused(f'--{bad.replace("=0", "=0:") if bad.endswith("=0") else bad}', run.out, f'--{bad}')
-    refused('invalid int value', run.out, '--tokens=many')
-    refused('cannot use the device quantum', run.out, '--device=quantum')
-    refused('nowhere', run.out, '--prompt=FILE:nowhere')
-    (tmp_path / 'latin').write_bytes(b'caf\xe9')
-    refused('latin is not text in UTF-8', run.out, f'--prompt=FILE:{tmp_path}/latin')
-    save_gpt(GPT(GPTConfig(50, 16, 1, 1, 4)), tmp_path / 'small.safetensors')
-    refused('vocabulary of 50 tokens: expected 257', '--init_from', tmp_path / 'small.safetensors')
-    refused('not the base', run.out, '--init_from', tmp_path / 'small.safetensors')
-    config = json.loads((run.out / 'config.json').read_text())
-    (run.out / 'config.json').write_text(json.dumps({**config, 'users': ['a', 'a', 'b']}))
-    refused('--user=a: expected one of base, generalist, 0 (a), 1 (a), 2 (b)', run.out, '--user=a')
+def test_refusals(far, text, capsys, tiny, tmp_path):
+    run, small, latin = far.out, tmp_path / 'small.safetensors', tmp_path / 'latin'
+    latin.write_bytes(b'caf\xe9')
+    save_gpt(GPT(GPTConfig(50, 16, 1, 1, 4)), small)
+    twice = shutil.copytree(run, tmp_path / 'twice')
+    config = json.loads((run / 'config.json').read_text())
+    (twice / 'config.json').write_text(json.dumps({**config, 'users': ['a', 'a', 'b']}))
+    known = 'expected one of base, generalist, 0 (user 0), 1 (user 1), 2 (user 2)'
+    cases = [
+        ('nothing to sample from',),
+        ('no config.json', tmp_path),
+        ('no base model', '--init_from=nowhere'),
+        *((f'--user={who}: {known}', run, f'--user={who}') for who in ('3', '-1', 'user', 'Base', '0,1')),
+        ('expected one of base', '--init_from', tiny.base, '--user=generalist'),
+        ('--user=7: expected one of', run, '--compare', '--user=0,7'),
+        *((f'--{bad}: expected', run, f'--{bad}') for bad in ('tokens=0', 'top_k=0', 'temperature=-0.1', 'temperature=nan')),
+        *((f'--{bad}: expected', run, f'--{bad}') for bad in ('temperature=inf', 'samples=0', 'seed=-1')),
+        ('invalid int value', run, '--tokens=many'),
+        ('unrecognized arguments: --token=3', run, '--token=3'),
+        ('cannot use the device quantum', run, '--device=quantum'),
+        ('nowhere', run, '--prompt=FILE:nowhere'),
+        ('latin is not text in UTF-8', run, f'--prompt=FILE:{latin}'),
+        ('vocabulary of 50 tokens: expected 257', '--init_from', small),
+        ('not the base', run, '--init_from', small),
+        ('--user=a: expected one of base, generalist, 0 (a), 1 (a), 2 (b)', twice, '--user=a'),
+    ]
+    for message, *args in cases:
+        assert message in refused(capsys, text, *args), args
+        assert capsys.readouterr().out == ''
 
 
-def test_without_a_model_for_all(train, text, refused):
+def test_without_a_model_for_all(train, text, capsys):
     """Nothing shared: no generalist. Pooled text: one model, everybody's."""
-    local = train('--method=local', out='local')
-    refused('--user=generalist: expected one of base, 0 (user 0)', local.out, '--user=generalist')
+    local = train('--method=local', '--rounds=1', out='local')
+    said = refused(capsys, text, local.out, '--user=generalist')
+    assert '--user=generalist: expected one of base, 0 (user 0)' in said
     assert 'generalist' not in text(local.out, '--compare', '--tokens=2')
-    pooled = train('--method=centralized', out='pooled')
+    pooled = train('--method=centralized', '--rounds=1', out='pooled')
     assert text(pooled.out, '--compare', '--tokens=2').count('0 everybody\n') == 1

@@ -8,35 +8,42 @@ import pytest
 import torch
 from conftest import user_streams, write_dataset
 
-from data.stream import SPLITS, check_dataset, get_batch, load_dataset, load_user, overlap
+from data.stream import SPLITS, Texts, get_batch, load_user, overlap
 
 
 def test_a_user_at_a_time_is_what_was_written(tmp_path):
     written = [user_streams(i, 300 + 100 * i) for i in range(3)]
     folder = write_dataset(tmp_path / 'data', written)
-    meta = check_dataset(folder, 16, 257)
-    same, streams = load_dataset(folder, 16, 257)
-    assert meta == same == json.loads((folder / 'meta.json').read_text()) | {'overlap': [0.0, 0.0, 0.0]}
+    texts = Texts(folder, 16, 257)
+    assert texts.meta == json.loads((folder / 'meta.json').read_text())
+    assert texts.n_train == [300, 400, 500] and texts.names == ['user 0', 'user 1', 'user 2'] and not any(texts.overlap)
     for i, user in enumerate(written):
-        read = load_user(folder, meta, i)
+        read = texts.of(i)
         assert list(read) == list(SPLITS)
         for split in SPLITS:
             assert read[split].dtype == np.dtype('<u2') and not read[split].flags.writeable
             np.testing.assert_array_equal(read[split], user[split])
-            np.testing.assert_array_equal(streams[i][split], user[split])
 
 
-def test_mixture_is_every_users_share(tmp_path):
-    """User i's valid stream is piece i of N of everybody's: no token is in two users', and train stays its own."""
+def test_mixture_and_pooled(tmp_path):
+    """mixture: user i's valid stream is piece i of N of everybody's: no token is in two users', and train stays its own.
+    pooled: one user with everybody's text; the test streams also apart."""
     written = [
-        {split: np.arange(100 * i, 100 * i + n) for split, n in (('train', 40), ('valid', 62), ('test', 90))} for i in range(3)
+        {split: np.arange(100 * i, 100 * i + n) for split, n in (('train', 70), ('valid', 62), ('test', 90))} for i in range(3)
     ]
-    meta, streams = load_dataset(write_dataset(tmp_path / 'data', written, vocab_size=300), 16, 300, 'mixture')
-    assert streams[1]['valid'].tolist() == [100 * j + 20 + k for j in range(3) for k in range(20)]  # 62 // 3 tokens of each
-    assert streams[1]['train'].tolist() == written[1]['train'].tolist()
+    folder = write_dataset(tmp_path / 'data', written, vocab_size=300)
+    mixed, pooled = Texts(folder, 16, 300, 'mixture'), Texts(folder, 16, 300, pooled=True)
+    assert mixed.of(1)['valid'].tolist() == [100 * j + 20 + k for j in range(3) for k in range(20)]  # 62 // 3 tokens of each
+    assert mixed.of(1)['train'].tolist() == written[1]['train'].tolist()
     for split in ('valid', 'test'):
-        held = np.concatenate([user[split] for user in streams])
+        held = np.concatenate([mixed.of(i)[split] for i in range(3)])
         assert len(set(held.tolist())) == len(held)
+    for split in SPLITS:
+        assert pooled.of(0)[split].tolist() == np.concatenate([user[split] for user in written]).tolist()
+    assert {i: test.tolist() for i, test in pooled.of(0)['tests'].items()} == {i: written[i]['test'].tolist() for i in range(3)}
+    assert pooled.n_train == [1] and len(pooled.names) == 3
+    with pytest.raises(ValueError, match='user 0 has 60 valid tokens'):  # enough before they are mixed
+        Texts(folder, 61, 300, 'mixture')
 
 
 def overwrite(file, tokens):
@@ -57,16 +64,16 @@ SPOILT = {  # what is wrong with the last user: (words of the message, how to do
 def test_whatever_is_wrong_is_found_before_any_work(case, tmp_path):
     words, spoil = SPOILT[case]
     folder = write_dataset(tmp_path / 'data', [user_streams(i, 300) for i in range(5)])
-    meta = check_dataset(folder, 149, 257)
+    texts = Texts(folder, 149, 257)
     spoil(folder)
-    for read in (check_dataset, load_dataset):
+    for how in ({}, {'target': 'mixture'}, {'pooled': True}):
         with pytest.raises(ValueError) as error:
-            read(folder, 16, 257)
+            Texts(folder, 16, 257, **how)
         assert words in str(error.value) and '\n' not in str(error.value)
     if 'meta' not in case:  # and again when the user's turn comes, should a file change while training
         with pytest.raises(ValueError, match=words):
-            load_user(folder, meta, 4)
-        load_user(folder, meta, 3)
+            texts.of(4)
+        texts.of(3)
 
 
 @pytest.mark.parametrize(
@@ -79,9 +86,9 @@ def test_whatever_is_wrong_is_found_before_any_work(case, tmp_path):
 )
 def test_what_the_base_needs(block_size, vocab_size, words, tmp_path):
     folder = write_dataset(tmp_path / 'data', [user_streams(0, 300)])
-    check_dataset(folder, 149, 257 + 127)
+    Texts(folder, 149, 257 + 127)
     with pytest.raises(ValueError, match=words):
-        check_dataset(folder, block_size, vocab_size)
+        Texts(folder, block_size, vocab_size)
 
 
 def test_memory_of_checking_does_not_grow_with_the_users(tmp_path):
@@ -90,7 +97,7 @@ def test_memory_of_checking_does_not_grow_with_the_users(tmp_path):
     def peak(n_users):
         folder = write_dataset(tmp_path / str(n_users), [user_streams(i % 20, 30_000) for i in range(n_users)])
         tracemalloc.start()
-        check_dataset(folder, 16, 257)
+        Texts(folder, 16, 257)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak
@@ -120,3 +127,9 @@ def test_overlap_is_the_share_of_validation_windows_that_training_text_has(tmp_p
     assert overlap(train, valid) == 1 / 5
     valid[192:256] = train[-64:]
     assert overlap(train, valid) == 2 / 5
+    folder = write_dataset(tmp_path / 'data', [{'train': train, 'valid': valid, 'test': valid}, user_streams(1, 300)])
+    meta = json.loads((folder / 'meta.json').read_text())
+    assert meta['overlap'] == [2 / 5, 0]
+    for kept, found in (({'overlap': [0.5, 0.0]}, [0.5, 0]), ({}, [2 / 5, 0])):  # an older meta.json has none: it is counted
+        (folder / 'meta.json').write_text(json.dumps({**{k: v for k, v in meta.items() if k != 'overlap'}, **kept}))
+        assert Texts(folder, 16, 257).overlap == found

@@ -1,432 +1,392 @@
-"""train.py: Algorithm 1, its invariants (METHOD 1.8) and the files of a run, on a tiny base and three users."""
+"""Algorithm 1: its two levels, what is shared, the data (METHOD 1.8), as calls of a user's methods; and the files of a run."""
 
+import ast
+import importlib.util
 import json
 import math
+import shutil
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, read_metrics, user_streams, write_dataset
+from conftest import N_TRAIN, ROOT, devices, read_metrics, refused, same, snapshot, trained, user_streams, write_dataset
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import lora_moe
-from data.stream import get_batch
-from model import load_gpt
-
-METHODS = ('pretrained', 'local', 'fedavg', 'comigs_2s', 'comigs_2g', 'comigs_1g1s', 'comigs_1gxs')
-
-
-def snapshot(user):
-    return {name: p.detach().clone() for name, p in user.adapter.items()}
+import user as user_file
+from data.stream import Texts, get_batch
+from lora_moe import initial
+from model import evaluate, load_gpt
+from train import local_round
 
 
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+def steps(user, rounds: int = 1) -> list[dict]:
+    """A user's rounds without a server: what they would log."""
+    lines = []
+    for t in range(rounds):
+        local_round(user, t, user.c.local_steps, lambda kind, values: lines.append({'kind': kind, **values}))
+    return lines
 
 
-# ---- every method, end to end --------------------------------------------------------------------------------------
-@pytest.mark.parametrize('method', METHODS)
-def test_every_method_runs_and_reports(train, method):
-    run = train(f'--method={method}')
-    s = run.summary
-    assert json.loads((run.out / 'summary.json').read_text()) == json.loads(json.dumps(s))
-    assert len(s['test_ppl']) == len(s['pretrained_test_ppl']) == 3
-    assert s['mean_test_ppl'] == pytest.approx(np.mean(s['test_ppl']))
-    assert all(math.isfinite(p) for p in s['test_ppl'])
-    if method == 'pretrained':
-        assert s['test_ppl'] == s['pretrained_test_ppl'] and s['rounds'] == 0 and s['bytes_up'] == 0
-    else:
-        assert all(a < b for a, b in zip(s['test_ppl'], s['pretrained_test_ppl']))  # six steps already help
-    shares = method not in ('pretrained', 'local', 'comigs_2s')
-    assert (s['shared_params'] > 0) == shares and s['bytes_up'] == 4 * s['shared_params'] * 3 * s['rounds']
-    assert (s['aggregated_test_ppl'] is not None) == shares
+def losses(lines: list[dict], kind: str = 'train') -> list[float]:
+    return [line['loss'] for line in lines if line['kind'] == kind]
 
 
-def test_experts_per_user(train):
-    run = train('--method=comigs_1gxs', '--n_experts=4,1,2')
-    assert [len(u.model.h[0].mlp.specialists) for u in run.users] == [3, 0, 1]
-    assert run.users[1].router_opt is None  # invariant 10
-    assert {line['user'] for line in run.lines if line['kind'] == 'router'} == {0, 2}
-    assert len(set(run.summary['trainable_params'])) == 3
+# ---- what one reads --------------------------------------------------------------------------------------------------
+def test_the_method_is_what_one_sees():
+    """Lines from `def` to the end; names: the distinct ast.Name identifiers within the loop of `algorithm_1`, whatever is
+    written after a dot not counted."""
+    source = (ROOT / 'train.py').read_text()
+    functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    method = functions['local_round'], functions['algorithm_1']
+    assert sum(node.end_lineno - node.lineno + 1 for node in method) <= 45
+    (loop,) = (node for node in functions['algorithm_1'].body if isinstance(node, ast.For))
+    assert len({node.id for node in ast.walk(loop) if isinstance(node, ast.Name)}) <= 30
+    assert len(source.splitlines()) <= 170
 
 
-# ---- the two levels (invariants 3, 6, 9) ---------------------------------------------------------------------------
-def test_the_two_levels_never_mix(train):
+def test_importing_it_runs_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--nonsense'])  # who looked at it would end here
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    spec = importlib.util.spec_from_file_location('train_again', ROOT / 'train.py')
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert not [*tmp_path.iterdir()] and capsys.readouterr() == ('', '')
+    *_, last = body = ast.parse((ROOT / 'train.py').read_text()).body
+    assert {type(node) for node in body} == {ast.Expr, ast.Import, ast.ImportFrom, ast.FunctionDef, ast.If}
+    assert ast.unparse(last).startswith("if __name__ == '__main__'") and sum(isinstance(node, ast.Expr) for node in body) == 1
+
+
+# ---- the two levels (invariants 3, 6, 9) -----------------------------------------------------------------------------
+def test_the_two_levels_never_mix(tiny):
     """An expert step moves no router, a router step moves nothing else; the other level holds no gradient meanwhile."""
-    run = train('--method=comigs_1gxs', '--n_experts=3')
-    user = run.users[0]
+    user = devices(tiny.model, '--method=comigs_1gxs', '--n_experts=3')[0]
     theta = {name for name, role in user.role.items() if role != 'router'}
-    for optimizer, moved, split in ((user.expert_opt, theta, 'train'), (user.router_opt, set(user.adapter) - theta, 'valid')):
-        seen = []
-        step = optimizer.step
+    levels = (user.expert_opt, theta, lambda: user.expert_step(0)), (user.router_opt, {*user.adapter} - theta, user.router_step)
+    for optimizer, moved, descend in levels:
+        seen, step = [], optimizer.step
         optimizer.step = lambda: (seen.append({n for n, p in user.adapter.items() if p.grad is not None}), step())
         for p in user.adapter.values():
             p.grad = torch.ones_like(p)  # what a careless phase before this one would have left behind
         before = snapshot(user)
-        run.descend(user, optimizer, user.data[split], (1, 2, 3, 4))
+        descend()
         assert seen == [moved]
         assert {name for name in before if not torch.equal(before[name], user.adapter[name])} == moved
         assert all(p.grad is None for p in user.adapter.values())
 
 
-def test_a_step_uses_its_own_batch_only(train):
+def test_a_step_uses_its_own_batch_only(tiny):
     """The first router step after expert steps has the gradient of its validation batch, as if nothing had been before
     (in the authors' code it holds 30 training gradients as well, METHOD 1.9 D1)."""
-    run = train('--method=comigs_1gxs', '--n_experts=3')
-    user = run.users[0]
-    name = 'h.0.mlp.router.weight'
-    router = user.adapter[name]
-    grads = []
+    user = devices(tiny.model, '--method=comigs_1gxs', '--n_experts=3')[0]
+    router, grads = user.adapter['h.0.mlp.router.weight'], []
     user.router_opt.step = lambda: grads.append(router.grad.clone())
     user.expert_opt.step = lambda: None
-    run.descend(user, user.router_opt, user.data['valid'], (1, 1))
-    for i in range(3):
-        run.descend(user, user.expert_opt, user.data['train'], (2, i))
-    run.descend(user, user.router_opt, user.data['valid'], (1, 1))
+    user.router_step()
+    for step in range(3):
+        user.expert_step(step)
+    user.router_steps = 0
+    user.router_step()
     assert torch.equal(grads[0], grads[1]) and grads[0].norm() > 0
 
 
-def test_poisoned_validation_text_cannot_reach_the_experts_before_the_router(train, tiny, tmp_path):
-    """With other validation text the run is bit-equal up to the first router phase, and differs after it."""
-    streams = [user_streams(i, n) for i, n in enumerate((300, 500, 900))]
-    for user in streams:
-        user['valid'] = user['valid'][::-1].copy()
-    other = write_dataset(tmp_path / 'poisoned', streams)
-    args = ('--rounds=2', '--local_steps=2', '--router_every=3')
-    a, b = train(*args, out='a').lines, train(*args, f'--dataset={other}', out='b').lines
-    loss = [[line['loss'] for line in lines if line['kind'] == 'train' and line['user'] == 0] for lines in (a, b)]
-    assert loss[0][:3] == loss[1][:3] and loss[0][3] != loss[1][3]
+def test_poisoned_validation_text_cannot_reach_the_experts_before_the_router(tiny):
+    """With other validation text all is bit-equal up to the first router phase, and differs after it."""
+    a, b = (devices(tiny.model, '--router_every=3')[0] for _ in 'ab')
+    b.data['valid'] = b.data['valid'][::-1].copy()
+    lines = [[user.expert_step(step) for step in range(3)] for user in (a, b)]
+    assert lines[0] == lines[1] and same(a.adapter, b.adapter)
+    assert a.router_step()['loss'] != b.router_step()['loss']
+    assert {name for name in a.adapter if not torch.equal(a.adapter[name], b.adapter[name])} == {
+        name for name, role in a.role.items() if role == 'router'
+    }
+    assert a.expert_step(3)['loss'] != b.expert_step(3)['loss']
 
 
-def test_schedule(train):
+def test_schedule(tiny):
     """Invariant 6: s ⌊R H / τ⌋ router steps, counted in expert steps and so inside a round if τ says so; learning rates."""
-    run = train('--rounds=5', '--local_steps=3', '--router_every=4', '--router_steps=2')
-    for i in range(3):
-        router = [line for line in run.lines if line['kind'] == 'router' and line['user'] == i]
-        assert len(router) == 2 * (5 * 3 // 4) and {line['step'] for line in router} == {4, 8, 12}
-        assert {line['lr'] for line in router} == {2e-3}
-        lrs = [line['lr'] for line in run.lines if line['kind'] == 'train' and line['user'] == i]
-        assert len(lrs) == 15 and lrs[0] == 2e-3 and lrs == sorted(lrs, reverse=True)
-    assert run.cosine(15) == pytest.approx(2e-4)
+    user = devices(tiny.model, '--rounds=5', '--local_steps=3', '--router_every=4', '--router_steps=2')[0]
+    lines = steps(user, 5)
+    router = [line for line in lines if line['kind'] == 'router']
+    assert len(router) == user.router_steps == 2 * (5 * 3 // 4) and [line['step'] for line in router] == [4, 4, 8, 8, 12, 12]
+    assert {line['lr'] for line in router} == {2e-3} == {group['lr'] for group in user.router_opt.param_groups}
+    lrs = [line['lr'] for line in lines if line['kind'] == 'train']
+    assert len(lrs) == 15 and lrs[0] == 2e-3 and lrs == sorted(lrs, reverse=True)
+    assert user.expert_step(15)['lr'] == pytest.approx(2e-4) == user.expert_opt.param_groups[0]['lr']
 
 
-def test_joint_router_learns_with_the_experts(train):
+def test_joint_router_learns_with_the_experts(tiny):
     """router_data='joint': one optimizer, no router phase, the router on the cosine too."""
-    run = train('--router_data=joint')
-    assert not any(line['kind'] == 'router' for line in run.lines)
+    user = devices(tiny.model, '--router_data=joint')[0]
+    assert user.router_opt is None and losses(steps(user), 'router') == []
     name = 'h.0.mlp.router.weight'
-    assert not torch.equal(run.users[0].adapter[name], lora_moe.initial(name, (2, 16), 42, 'user', 0))
+    assert not torch.equal(user.adapter[name], initial(name, (2, 16), 42, 'user', 0))
+    assert any(p is user.adapter[name] for group in user.expert_opt.param_groups for p in group['params'])
 
 
-def test_validation_router_on_training_text_is_the_training_router(train, tmp_path):
-    """With the valid stream := the train stream, router_data='valid' and 'train' are the same run (METHOD 2, -tr)."""
-    streams = [user_streams(i, n) for i, n in enumerate((300, 500, 900))]
-    for user in streams:
-        user['valid'] = user['train']
-    folder = write_dataset(tmp_path / 'same', streams)
-    a = train(f'--dataset={folder}', out='a')
-    b = train(f'--dataset={folder}', '--router_data=train', out='b')
-    assert a.lines == b.lines and all(same(u.adapter, v.adapter) for u, v in zip(a.users, b.users))
+def test_validation_router_on_training_text_is_the_training_router(tiny):
+    """With the valid stream := the train stream, router_data='valid' and 'train' are the same (METHOD 2, -tr)."""
+    a, b = devices(tiny.model)[0], devices(tiny.model, '--router_data=train')[0]
+    a.data['valid'] = a.data['train']
+    assert steps(a, 3) == steps(b, 3) and same(a.adapter, b.adapter)
 
 
-# ---- what is shared (invariants 4, 7, 8) ---------------------------------------------------------------------------
-def test_after_synchronisation(train):
-    run = train('--method=comigs_1g1s')
-    role = run.users[0].role
-    for a in range(3):
-        for b in range(a):
-            for name, r in role.items():
-                equal = torch.equal(run.users[a].adapter[name], run.users[b].adapter[name])
-                assert equal == (r in ('generalist', 'attention')), name
-    for name in run.shared:
-        mean = torch.stack([load_file(run.out / f'adapters/user{i}.safetensors')[name] for i in range(3)]).mean(0)
-        assert torch.allclose(run.server[name], mean, atol=1e-7)
+# ---- what is shared (invariants 4, 7, 8, 10) -------------------------------------------------------------------------
+def test_after_synchronisation(finished):
+    role, users = finished.users[0].role, finished.users
+    for a, b in ((users[0], users[1]), (users[1], users[2]), (users[0], users[2])):
+        for name in a.adapter.keys() & b.adapter.keys():
+            equal = torch.equal(a.adapter[name], b.adapter[name]) if a.adapter[name].shape == b.adapter[name].shape else False
+            assert equal == (role[name] in ('generalist', 'attention')), name
+    saved = [load_file(finished.out / f'adapters/user{i}.safetensors') for i in range(3)]
+    for name, v in finished.server.items():
+        assert torch.allclose(v, torch.stack([own[name] for own in saved]).mean(0), atol=1e-7)
 
 
-def test_generalists_only_one_each_is_fedavg_with_one_expert(train):
+def test_experts_per_user(finished):
+    assert [len(u.model.h[0].mlp.specialists) for u in finished.users] == [2, 0, 1]
+    assert finished.users[1].router_opt is None  # invariant 10
+    assert {line['user'] for line in finished.lines if line['kind'] == 'router'} == {0, 2}
+    assert len(set(finished.summary['trainable_params'])) == 3
+
+
+def test_generalists_only_one_each_is_fedavg_with_one_expert(tiny):
     """Invariant 7, first half."""
-    a = train('--method=comigs_1gxs', '--n_experts=1', out='a')
-    b = train('--method=fedavg', '--n_experts=1', '--n_generalists=1', out='b')
+    a = trained(tiny.model, '--method=comigs_1gxs', '--n_experts=1')
+    b = trained(tiny.model, '--method=fedavg', '--n_experts=1', '--n_generalists=1')
     assert all(same(u.adapter, v.adapter) for u, v in zip(a.users, b.users))
 
 
-def test_two_generalists_under_a_zero_router_are_fedavg(train, monkeypatch):
+def test_two_generalists_under_a_zero_router_are_fedavg(tiny, monkeypatch):
     """Invariant 7, second half: Φ = 0, never trained, gives the plain mean of the two experts."""
-    real = lora_moe.initial
-    monkeypatch.setattr(lora_moe, 'initial', lambda name, *a: real(name, *a) * ('router' not in name))
-    a = train('--method=comigs_2g', '--router=frozen', out='a')
-    b = train('--method=fedavg', out='b')
+    monkeypatch.setattr(user_file, 'initial', lambda name, *a: initial(name, *a) * ('router' not in name))
+    a, b = trained(tiny.model, '--method=comigs_2g', '--router=frozen'), trained(tiny.model, '--method=fedavg')
     for u, v in zip(a.users, b.users):
-        for name in v.adapter:
-            assert torch.allclose(u.adapter[name], v.adapter[name], atol=1e-4), name
-    assert a.summary['test_ppl'] == pytest.approx(b.summary['test_ppl'], rel=1e-4)
+        assert all(torch.allclose(u.adapter[name], v.adapter[name], atol=1e-4) for name in v.adapter)
+        ppl = [evaluate(user.model, user.data['test'], 16)['ppl'] for user in (u, v)]
+        assert ppl[0] == pytest.approx(ppl[1], rel=1e-4)
 
 
-def test_a_single_user_has_nobody_to_share_with(train, tmp_path, monkeypatch):
+def test_a_single_user_has_nobody_to_share_with(tiny, monkeypatch):
     """Invariant 8: with N = 1, 1G1S is 2S (given the same start: here it depends on the expert's number, not its role)."""
-    real = lora_moe.initial
 
     def by_number(name, shape, *key):
         one = name.replace('specialists.0', 'specialists.1').replace('generalists.0', 'specialists.0')  # as 2S names them
-        return real(name if by_number.two else one, shape, 'same for all')
+        return initial(name if by_number.two else one, shape, 'same for all')
 
-    folder = write_dataset(tmp_path / 'one', [user_streams(0, 300)])
-    monkeypatch.setattr(lora_moe, 'initial', by_number)
-    runs = []
+    monkeypatch.setattr(user_file, 'initial', by_number)
+    found = []
     for method, by_number.two in (('comigs_1g1s', False), ('comigs_2s', True)):
-        runs.append(train(f'--method={method}', f'--dataset={folder}', out=method))
-    assert runs[0].summary['test_ppl'] == runs[1].summary['test_ppl']
-    losses = [[line['loss'] for line in run.lines if line['kind'] in ('train', 'router')] for run in runs]
-    assert losses[0] == losses[1]
+        one = trained(tiny.model, f'--method={method}', N=1)
+        ppl = evaluate(one.users[0].model, one.users[0].data['test'], 16)['ppl']
+        found.append((losses(one.lines), losses(one.lines, 'router'), ppl))
+    assert found[0] == found[1] and len(found[0][0]) == 6 and len(found[0][1]) == 6
 
 
-# ---- one base, determinism, data -----------------------------------------------------------------------------------
-def test_the_base_never_changes_and_exists_once(train, tiny):
-    run = train('--method=comigs_1gxs', '--n_experts=3')
+# ---- one base, determinism, data -------------------------------------------------------------------------------------
+def test_the_base_never_changes_and_exists_once(finished, tiny):
+    base = finished.fleet.base
     original = load_gpt(str(tiny.base)).state_dict()
-    assert all(torch.equal(p, original[name]) and p.grad is None for name, p in run.base.named_parameters())
-    storages = [{p.data_ptr() for name, p in u.model.named_parameters() if name not in u.role} for u in run.users]
-    assert storages[0] == storages[1] == storages[2] == {p.data_ptr() for p in run.base.parameters()}
-    for user in run.users:  # a user's memory: LoRA and routers, and two Adam moments for each
-        state = [*user.expert_opt.state.values(), *user.router_opt.state.values()]
+    assert all(torch.equal(p, original[name]) and p.grad is None for name, p in base.named_parameters())
+    storages = [{p.data_ptr() for name, p in u.model.named_parameters() if name not in u.role} for u in finished.users]
+    assert storages[0] == storages[1] == storages[2] == {p.data_ptr() for p in base.parameters()}
+    for user in finished.users:  # a user's memory: LoRA and routers, and two Adam moments for each
+        state = [s for opt in (user.expert_opt, user.router_opt) if opt for s in opt.state.values()]
         moments = sum(s['exp_avg'].numel() + s['exp_avg_sq'].numel() for s in state)
         assert moments == 2 * sum(p.numel() for p in user.adapter.values())
 
 
-def test_same_seed_same_bits(train):
-    a, b, c = train(out='a'), train(out='b'), train('--seed=43', out='c')
-    assert (a.out / 'metrics.jsonl').read_bytes() == (b.out / 'metrics.jsonl').read_bytes()
-    assert all(same(u.adapter, v.adapter) for u, v in zip(a.users, b.users))
-    assert a.lines != c.lines
+def test_same_seed_same_bits(train, finished, tiny):
+    again = train('--method=comigs_1gxs', '--n_experts=3,1,2')
+    assert (again.out / 'metrics.jsonl').read_bytes() == (finished.out / 'metrics.jsonl').read_bytes()
+    assert all(same(u.adapter, v.adapter) for u, v in zip(again.users, finished.users))
+    assert devices(tiny.model, '--seed=43')[0].expert_step(0) != devices(tiny.model)[0].expert_step(0)
 
 
-def test_a_users_batches_do_not_depend_on_the_other_users(train, tmp_path):
-    """User 1's first steps are the same with two more users beside it: same start, same batches."""
-    few = write_dataset(tmp_path / 'few', [user_streams(i, n) for i, n in enumerate((300, 500))])
-    a, b = train('--method=local', out='a'), train('--method=local', f'--dataset={few}', out='b')
-    mine = [[line for line in run.lines if line['user'] == 1] for run in (a, b)]
-    assert mine[0] == mine[1]
-    tokens = np.arange(500)
-    x, y = get_batch(tokens, 4, 16, (42, 1, 0, 7))
-    assert torch.equal(x + 1, y) and torch.equal(x, get_batch(tokens, 4, 16, (42, 1, 0, 7))[0])
-    assert not torch.equal(x, get_batch(tokens, 4, 16, (42, 2, 0, 7))[0])
+def test_batches_depend_on_seed_user_level_and_number_alone(tiny, monkeypatch):
+    """User 1 draws the same batches, from the same start, with one more user beside it or without, whatever its method."""
+    asked = []
+    monkeypatch.setattr(user_file, 'get_batch', lambda *args: (asked.append(args[3]), get_batch(*args))[1])
+    few, many = devices(tiny.model, N=2)[1], devices(tiny.model, N=3)[1]
+    assert same(few.adapter, many.adapter) and steps(few, 2) == steps(many, 2)
+    assert asked[:8] == asked[8:] == [(42, 1, level, i) for t in (0, 2) for level in (0, 1) for i in (t, t + 1)]
+    steps(devices(tiny.model, '--method=local', '--seed=7')[2])
+    assert asked[16:] == [(7, 2, 0, 0), (7, 2, 0, 1)]
 
 
-def test_accumulation_over_micro_batches(train):
+def test_accumulation_over_micro_batches(tiny):
     """4 windows at once, or 1 at a time, or 3 and 1: the same gradients up to rounding (n = 2: load balancing is constant)."""
-    losses = [
-        [line['loss'] for line in train(f'--micro_batch_size={m}', out=f'm{m}').lines if line['kind'] == 'train']
-        for m in (4, 1, 3)
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0] == pytest.approx(losses[2], rel=1e-3)
+    told, grads = [], []
+    for m in (4, 1, 3):
+        user = devices(tiny.model, f'--micro_batch_size={m}')[0]
+        user.expert_step(0)
+        user.expert_opt.step = lambda: grads.append({name: p.grad for name, p in user.adapter.items() if p.grad is not None})
+        told.append(user.expert_step(1))
+    for line, grad in zip(told[1:], grads[1:]):
+        assert line['loss'] == pytest.approx(told[0]['loss'], rel=1e-5)
+        assert all(torch.allclose(grad[name], g, rtol=1e-3, atol=1e-3 * g.abs().max()) for name, g in grads[0].items())
 
 
-def test_mixture_target(train):
+def test_mixture_target(tiny):
     """Every user is tested on an equal share of everybody's text; what it trains on stays its own."""
-    own, mixed = train('--rounds=1', out='own'), train('--rounds=1', '--target=mixture', out='mixed')
-    for i, user in enumerate(mixed.users):
-        assert np.array_equal(user.data['train'], own.users[i].data['train'])
-        pieces = [own.users[j].data['test'][i * 50 : (i + 1) * 50] for j in range(3)]
-        assert np.array_equal(user.data['test'], np.concatenate(pieces))
+    own, mixed = (Texts(tiny.data, 16, 257, target) for target in ('own', 'mixture'))
+    for i in range(3):
+        assert np.array_equal(mixed.of(i)['train'], own.of(i)['train'])
+        pieces = [own.of(j)['test'][i * 50 : (i + 1) * 50] for j in range(3)]
+        assert np.array_equal(mixed.of(i)['test'], np.concatenate(pieces))
 
 
-# ---- files of a run ------------------------------------------------------------------------------------------------
-def test_metrics_and_adapters(train):
-    run = train('--method=comigs_1gxs', '--n_experts=2,4,2')
-    kinds = {line['kind'] for line in run.lines}
-    assert kinds == {'train', 'router', 'eval', 'comm'}
-    for line in run.lines:
+def test_bfloat16(train, finished):
+    """bf16 autocast changes the numbers a little and nothing else; adapters stay float32."""
+    run = train('--method=comigs_1gxs', '--n_experts=3,1,2', '--dtype=bfloat16')
+    assert run.summary['test_ppl'] != finished.summary['test_ppl']
+    assert run.summary['test_ppl'] == pytest.approx(finished.summary['test_ppl'], rel=0.05)
+    assert all(p.dtype == torch.float32 for user in run.users for p in user.adapter.values())
+
+
+# ---- files of a run --------------------------------------------------------------------------------------------------
+def test_metrics_and_adapters(finished):
+    lines, summary, E = finished.lines, finished.summary, (3, 1, 2)
+    assert {line['kind'] for line in lines} == {'train', 'router', 'eval', 'comm'}
+    for line in lines:
         assert {'round', 'step', 'user'} <= line.keys()
         if 'loss' in line:
             assert line['ppl'] == pytest.approx(math.exp(line['loss']))
-    comm = [line for line in run.lines if line['kind'] == 'comm']
-    assert len(comm) == 3 * 3 and {line['bytes_up'] for line in comm} == {run.summary['shared_params'] * 4}
-    final = [line['ppl'] for line in run.lines if line['kind'] == 'eval' and line['when'] == 'local' and line['round'] == 3]
-    assert final == run.summary['test_ppl']
-    for line in run.lines:
-        if line['kind'] == 'eval' and line['when'] == 'local' and line['split'] == 'test':  # (L, E), a row sums to 1
-            E = (2, 4, 2)[line['user']]
-            assert all(len(layer) == E and sum(layer) == pytest.approx(1) for layer in line['scores'])
-    with safe_open(run.out / 'adapters/user1.safetensors', 'pt') as f:
-        assert set(f.keys()) == set(run.users[1].adapter)
+    comm = [line for line in lines if line['kind'] == 'comm']
+    assert len(comm) == 3 * 3 and {line['bytes_up'] for line in comm} == {summary['shared_params'] * 4}
+    final = [line['ppl'] for line in lines if line['kind'] == 'eval' and line['when'] == 'local' and line['round'] == 3]
+    assert final == summary['test_ppl']
+    local = [line for line in lines if line['kind'] == 'eval' and line['when'] == 'local' and line['split'] == 'test']
+    assert {line['user'] for line in local if 'scores' in line} == {0, 2}
+    for line in local:  # (L, E), a row sums to 1
+        for layer in line.get('scores', []):
+            assert len(layer) == E[line['user']] and sum(layer) == pytest.approx(1)
+    with safe_open(finished.out / 'adapters/user2.safetensors', 'pt') as f:
+        assert set(f.keys()) == set(finished.users[2].adapter)
         facts = f.metadata()
-        assert (facts['n_experts'], facts['rank'], facts['n_generalists']) == ('4', '8', '1')
+        assert (facts['n_experts'], facts['rank'], facts['n_generalists']) == ('2', '8', '1')
         assert float(facts['scaling']) == pytest.approx(16 / math.sqrt(8))
-    config = json.loads((run.out / 'config.json').read_text())
-    assert config['n_experts'] == [2, 4, 2] and config['method'] == 'comigs_1gxs' and config['versions']['torch']
-    with safe_open(run.out / 'adapters/server.safetensors', 'pt') as f:
-        assert set(f.keys()) == set(run.shared)
+    config = json.loads((finished.out / 'config.json').read_text())
+    assert config['n_experts'] == [3, 1, 2] and config['method'] == 'comigs_1gxs' and config['versions']['torch']
+    with safe_open(finished.out / 'adapters/server.safetensors', 'pt') as f:
+        assert set(f.keys()) == set(finished.users[0].shared)
 
 
-@pytest.mark.parametrize('args', [('--method=comigs_1gxs', '--n_experts=3,1,2'), ('--method=comigs_2s',)])
-def test_resume_is_bit_identical(train, monkeypatch, args):
-    """Killed in the middle of round 3 of 4, continued: the same adapters and the same metrics file, byte for byte."""
-    whole = train(*args, '--rounds=4', out='whole')
+def test_the_metrics_file_grows_as_it_happens(train, tmp_path, monkeypatch):
+    """Lines are on disk before the run ends: a run that dies leaves what it did."""
 
-    def dies(tokens, batch_size, block_size, key):
-        dies.calls += 1
-        if dies.calls == 17:
+    def dies(*args):
+        if (tmp_path / 'run' / 'metrics.jsonl').read_text().count('"train"') == 3:
             raise KeyboardInterrupt
-        return get_batch(tokens, batch_size, block_size, key)
+        return get_batch(*args)
 
-    dies.calls = 0
-    import data.stream
-
-    monkeypatch.setattr(data.stream, 'get_batch', dies)
+    monkeypatch.setattr(user_file, 'get_batch', dies)
     with pytest.raises(KeyboardInterrupt):
-        train(*args, '--rounds=4', out='cut')
-    monkeypatch.setattr(data.stream, 'get_batch', get_batch)
-    resumed = train(*args, '--rounds=4', '--resume', out='cut')
-    assert resumed.start > 0
-    assert (whole.out / 'metrics.jsonl').read_bytes() == (resumed.out / 'metrics.jsonl').read_bytes()
-    assert all(same(u.adapter, v.adapter) for u, v in zip(whole.users, resumed.users))
-    for file in sorted((whole.out / 'adapters').iterdir()):
-        assert same(load_file(file), load_file(resumed.out / 'adapters' / file.name))
-    keys = ('test_ppl', 'aggregated_test_ppl', 'pretrained_test_ppl', 'bytes_up')
-    assert all(whole.summary[k] == resumed.summary[k] for k in keys)
-
-
-def test_bfloat16(train):
-    """bf16 autocast changes the numbers a little and nothing else; adapters stay float32."""
-    a, b = (train('--method=comigs_1gxs', '--n_experts=3', f'--dtype={dtype}', out=dtype) for dtype in ('float32', 'bfloat16'))
-    assert a.summary['test_ppl'] != b.summary['test_ppl']
-    assert a.summary['test_ppl'] == pytest.approx(b.summary['test_ppl'], rel=0.05)
-    assert all(p.dtype == torch.float32 for p in b.users[0].adapter.values())
+        train()
+    assert len(losses(read_metrics(tmp_path / 'run'))) == 3
 
 
 def test_a_run_that_diverges_stops_with_one_line(train, tmp_path):
     """No NaN is averaged into the others' generalists; what finished before stays."""
     with pytest.raises(SystemExit, match='training loss is .* lower --expert_lr'):
         train('--expert_lr=1e30', '--rounds=4')
-    assert not (tmp_path / 'run' / 'summary.json').exists()
+    assert not (tmp_path / 'run' / 'summary.json').exists() and (tmp_path / 'run/checkpoint/round-0.safetensors').exists()
 
 
-# ---- bad input: one line, exit code 2, nothing written --------------------------------------------------------------
-def refused(capsys, run, *args) -> str:
-    with pytest.raises(SystemExit) as exit:
-        run(*args)
-    err = capsys.readouterr().err
-    assert exit.value.code == 2 and err.count('\n') == 1, err
-    return err
-
-
+# ---- bad input: one line, exit code 2, nothing written ---------------------------------------------------------------
 @pytest.mark.parametrize(
     'args, message',
     [
-        (['--method=comigs_1g1'], 'unknown method comigs_1g1; did you mean comigs_1g1s'),
         (['--n_expert=2'], 'unknown switch --n_expert; did you mean --n_experts'),
         (['--n_experts=4,2'], 'expected one value from 1 to 4096, or 3, one per user'),
-        (['--n_experts=0'], 'expected one value from 1 to 4096'),
-        (['--n_experts=1,2,2', '--n_generalists=2'], 'user 0 has n_experts=1, fewer than n_generalists=2'),
-        (['--rounds=many'], 'expected int'),
-        (['--router_data=test'], 'expected one of valid, train, joint'),
-        (['--batch_size=0'], 'greater than 0'),
-        (['--seed=-1'], 'must not be negative'),
-        (['--block_size=64'], 'has only 32 positions'),
+        (['--n_experts=1,2,2', '--n_generalists=2'], '--n_experts=1,2,2: every user holds all the generalists'),
+        (['--method=fedavg', '--n_experts=1'], '--n_generalists=2, --n_experts=1,1,1: every user holds all the generalists'),
+        (['--method=centralized', '--n_experts=4,2,2'], '--n_experts=4,2,2: expected one value from 1 to 4096, or 1'),
+        (['--method=hetlora', '--n_experts=4,2,2'], 'give --n_experts=1 and --lora_rank=16,8,...'),
+        (['--method=flora', '--n_experts=2'], 'has one expert per user'),
+        (['--lora_rank=4,8,8'], 'the same rank for all'),
+        (['--block_size=64'], '--block_size=64, n_positions=32: the base has no more positions'),
         (['--block_size=1000'], 'needs 1001'),
+        (['--test_users=4'], 'there are no more users'),
         (['--dataset=nowhere'], 'no data set at'),
         (['--init_from=nowhere'], 'no base model at'),
         (['--init_from=README.md'], 'cannot be read as model weights'),
         (['--device=tpu9'], 'device'),
-        (['--aggregate=none'], 'shares no tensors'),
-        (['--lora_rank=4,8,8'], '--lora_rank must be the same'),
+        (['--method=consensus', '--public_text=nowhere.txt'], 'nowhere.txt'),
         (['--resume'], 'has no checkpoint'),
-        (['notes.txt'], 'neither a config file'),
         (['config/nothing.py'], 'cannot read the config file'),
     ],
 )
 def test_bad_switches(train, tmp_path, capsys, monkeypatch, args, message):
+    """What the data, the base and the machine decide; what switches say alone is in test_config.py."""
     monkeypatch.chdir(ROOT)
-    err = refused(capsys, train, *args)
-    assert message in err
+    assert message in refused(capsys, train, *args)
     assert not (tmp_path / 'run').exists()
 
 
-def corrupt(folder, kind):
-    meta = json.loads((folder / 'meta.json').read_text())
-    if kind == 'truncated':
-        (folder / 'user1_train.bin').write_bytes((folder / 'user1_train.bin').read_bytes()[:-3])
-    elif kind == 'missing':
-        (folder / 'user2_valid.bin').unlink()
-    elif kind == 'altered':
-        raw = bytearray((folder / 'user0_test.bin').read_bytes())
-        raw[10] ^= 1
-        (folder / 'user0_test.bin').write_bytes(raw)
-    elif kind == 'vocabulary':
-        (folder / 'user0_test.bin').write_bytes(np.full(150, 300, '<u2').tobytes())
-    elif kind == 'tokenizer':
-        (folder / 'meta.json').write_text(json.dumps({**meta, 'vocab_size': 50257, 'tokenizer': 'gpt2'}))
-    elif kind == 'meta':
-        (folder / 'meta.json').write_text('{')
+def overwrite(file, change) -> None:
+    file.write_bytes(change(file.read_bytes()))
 
 
 @pytest.mark.parametrize(
-    'kind, message',
+    'spoil, message',
     [
-        ('truncated', 'user1_train.bin has 997 bytes, but meta.json says 500 tokens'),
-        ('missing', 'user2_valid.bin is missing'),
-        ('altered', 'user0_test.bin is not the file'),
-        ('vocabulary', 'token 300, outside the vocabulary of 257'),
-        ('tokenizer', 'vocabulary of 50257'),
-        ('meta', 'meta.json cannot be read'),
+        (lambda f: overwrite(f / 'user1_train.bin', lambda raw: raw[:-3]), '997 bytes, but meta.json says 500 tokens'),
+        (lambda f: (f / 'user2_valid.bin').unlink(), 'user2_valid.bin is missing'),
+        (lambda f: overwrite(f / 'user0_test.bin', lambda raw: raw[2:] + raw[:2]), 'user0_test.bin is not the file'),
+        (lambda f: overwrite(f / 'user0_test.bin', lambda raw: b'\x2c\x01' * 150), 'token 300, outside the vocabulary of 257'),
+        (lambda f: overwrite(f / 'meta.json', lambda raw: raw.replace(b': 257', b': 50257')), 'vocabulary of 50257'),
+        (lambda f: overwrite(f / 'meta.json', lambda raw: b'{'), 'meta.json cannot be read'),
     ],
+    ids=['truncated', 'missing', 'altered', 'vocabulary', 'tokenizer', 'meta'],
 )
-def test_bad_data(train, tmp_path, capsys, kind, message):
-    folder = write_dataset(tmp_path / 'bad', [user_streams(i, n) for i, n in enumerate((300, 500, 900))])
-    corrupt(folder, kind)
+def test_bad_data(train, tmp_path, capsys, spoil, message):
+    spoil(folder := write_dataset(tmp_path / 'bad', [user_streams(i, n) for i, n in enumerate(N_TRAIN)]))
     assert message in refused(capsys, train, f'--dataset={folder}')
     assert not (tmp_path / 'run').exists()
 
 
-def test_a_run_is_never_overwritten_by_accident(train, tmp_path, capsys):
-    first = train()
-    files = {f: f.read_bytes() for f in first.out.rglob('*') if f.is_file()}
-    assert 'already holds a finished run' in refused(capsys, train)
-    assert 'made with another rounds, seed;' in refused(capsys, train, '--resume', '--seed=1', '--rounds=9')
-    assert all(f.read_bytes() == content for f, content in files.items())
-    train('--overwrite', '--seed=1')
-    (first.out / 'checkpoint' / 'round-3.safetensors').write_bytes(b'broken')
-    err = refused(capsys, train, '--resume', '--seed=1')
+def test_a_run_is_never_overwritten_by_accident(train, finished, tmp_path, capsys):
+    out = shutil.copytree(finished.out, tmp_path / 'run')
+    files, args = {f: f.read_bytes() for f in out.rglob('*') if f.is_file()}, ('--method=comigs_1gxs', '--n_experts=3,1,2')
+    assert 'already holds a finished run' in refused(capsys, train, *args)
+    (out / 'summary.json').unlink()
+    assert 'already holds an unfinished run' in refused(capsys, train, *args)
+    assert 'made with another rounds, seed;' in refused(capsys, train, *args, '--resume', '--seed=1', '--rounds=9')
+    assert all(f.read_bytes() == content for f, content in files.items() if f.exists())
+    (out / 'checkpoint' / 'round-3.safetensors').write_bytes(b'broken')
+    err = refused(capsys, train, *args, '--resume')
     assert 'round-3.safetensors is damaged' in err and 'round 2 is intact: delete' in err
-    (first.out / 'checkpoint' / 'round-2.safetensors').write_bytes(b'broken')
-    assert 'round-2.safetensors is damaged' in refused(capsys, train, '--resume', '--seed=1')
+    (out / 'checkpoint' / 'round-2.safetensors').write_bytes(b'broken')
+    assert 'round-2.safetensors is damaged' in refused(capsys, train, *args, '--resume')
     (tmp_path / 'file').write_text('')
     assert 'is a file' in refused(capsys, train, f'--out_dir={tmp_path}/file')
+    train('--overwrite', '--rounds=1', '--method=local')
+    left = {file.relative_to(out).as_posix().removesuffix('.safetensors') for file in out.rglob('*.safetensors')}
+    users = {f'adapters/user{i}' for i in range(3)} | {f'checkpoint/user{i}-1' for i in range(3)}
+    assert left == users | {'checkpoint/round-0', 'checkpoint/round-1'}
 
 
-def test_bad_input_from_the_shell(tiny, tmp_path):
-    """As a person meets it: one line on stderr, exit code 2, no traceback, and no heavy optional import on the way."""
-    code = (
-        'import runpy, sys; sys.argv[0] = "train.py"\ntry: runpy.run_path("train.py", run_name="__main__")\n'
-        'finally: assert not {"datasets", "matplotlib", "transformers"} & set(sys.modules)'
-    )
-    no_data = [f'--init_from={tiny.base}', f'--dataset={tiny.folder}']
-    for args, message in ((['--rounds=x'], 'expected int'), (no_data, 'no data set')):
-        command = [sys.executable, '-c', code, *args, f'--out_dir={tmp_path}/x']
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 2 and done.stderr.count('\n') == 1 and message in done.stderr
-    assert not (tmp_path / 'x').exists()
-
-
-def test_help_lists_every_switch():
-    done = subprocess.run([sys.executable, 'train.py', '--help'], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and 'router_every = 30' in done.stdout and 'comigs_1g1s' in done.stdout
-
-
-def test_the_metrics_file_grows_as_it_happens(train, tmp_path, monkeypatch):
-    """Lines are on disk before the run ends: a run that dies leaves what it did."""
-    import data.stream
-
-    def dies(*args):
-        if (tmp_path / 'run' / 'metrics.jsonl').read_text().count('"train"') == 4:
-            raise KeyboardInterrupt
-        return get_batch(*args)
-
-    monkeypatch.setattr(data.stream, 'get_batch', dies)
-    with pytest.raises(KeyboardInterrupt):
-        train()
-    assert sum(line['kind'] == 'train' for line in read_metrics(tmp_path / 'run')) == 4
-    assert TINY
+def test_from_the_shell(tiny, tmp_path):
+    """As a person meets it: one line on stderr, exit code 2, no traceback, and no heavy optional import on the way; --help."""
+    code = """if True:
+        import runpy, sys
+        for args in (['--rounds=x'], sys.argv[1:], ['--help']):
+            sys.argv = ['train.py', *args]
+            try:
+                runpy.run_path('train.py', run_name='__main__')
+            except SystemExit as end:
+                print(end.code)
+        assert not {'datasets', 'matplotlib', 'transformers'} & set(sys.modules)
+    """
+    no_data = [f'--init_from={tiny.base}', f'--dataset={tiny.folder}', f'--out_dir={tmp_path}/x']
+    done = subprocess.run([sys.executable, '-c', code, *no_data], capture_output=True, text=True, cwd=ROOT)
+    first, second = done.stderr.splitlines()
+    assert first.startswith("train.py: --rounds='x': expected int") and second.startswith('train.py: no data set at')
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and (lines[:2], lines[-1]) == (['2', '2'], '0') and not (tmp_path / 'x').exists()
+    assert lines[2].startswith('CoMiGS (arXiv 2409.13931)') and any(line.startswith('router_every = 30 ') for line in lines)

@@ -1,0 +1,160 @@
+"""Text out of a run's models, printed as it is made: a user's, the server's generalist alone, the frozen base.
+
+    python tools/sample.py out/demo --user=0 --prompt="def main" --tokens=200 --temperature=0.8 --top_k=50 --seed=1
+    python tools/sample.py out/demo --user=prose --prompt=FILE:LICENSE --samples=2     # users have names, too; a whole file
+    python tools/sample.py out/demo --user=generalist                                  # what a newcomer gets; or --user=base
+    python tools/sample.py out/demo --compare --prompt="The " --prompt="class "        # all of them, one below the other
+    python tools/sample.py out/demo --compare --user=python,3 --temperature=0          # base, generalist and these users
+    python tools/sample.py --init_from=assets/base-tiny.safetensors --prompt="In the year "    # no run, a base alone
+
+Sample i = 0, 1, ... of a prompt is that of seed + i: the same again on the same machine. It ends early at an end-of-text token.
+The context is the last n_positions tokens of prompt and text, as the base has positions. Keys and values of earlier tokens are
+kept, with the same text as without; routing by `prefix` or `sequence`, and text beyond the base's positions, is computed anew
+for every token."""
+
+import argparse
+import codecs
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import chain, takewhile
+from pathlib import Path
+
+import torch
+from tiktoken import Encoding
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from configurator import die, parser
+from data.stream import encoding, load_text
+from eval import open_base, open_run
+from model import GPT, autocast
+
+RULE, MOST = '-' * 24, 8  # between texts; users that --compare shows if --user names none
+CONTROL = {c: '\ufffd' for c in [*range(32), *range(127, 160)] if chr(c) not in '\n\t'}  # could command the terminal
+
+
+def read_options(argv: list[str]) -> argparse.Namespace:
+    options = parser(__doc__)
+    add = options.add_argument
+    add('run', nargs='?', type=Path, metavar='RUN', help='folder of a run (its --out_dir)')
+    add('--user', metavar='WHO', help='base, generalist, a number or a name (default: the first); of --compare several: 0,2')
+    add('--prompt', action='append', help='text, or FILE:path; may be repeated (default: the start of a document)')
+    add('--tokens', type=int, default=200, help='how many to make at most')
+    add('--temperature', type=float, default=0.8, help='0 takes the likeliest token')
+    add('--top_k', type=int, default=50, help='draw from the k likeliest')
+    add('--samples', type=int, default=1, help='of each prompt')
+    add('--seed', type=int, default=1)
+    add('--compare', action='store_true', help=f'base, generalist and every user (the first {MOST} if --user names none)')
+    add('--init_from', help="the base model: without RUN, or if it is no longer where the run's configuration says")
+    add('--device', help='cpu, cuda, cuda:N, mps (default: as the run; cpu without)')
+    args = options.parse_args(argv)
+    if not args.run and not args.init_from:
+        die('nothing to sample from: expected the folder of a run, or a base model as --init_from')
+    for name, least in (('tokens', 1), ('temperature', 0), ('top_k', 1), ('samples', 1), ('seed', 0)):
+        if not least <= getattr(args, name) < 2**62:  # NaN is neither
+            die(f'--{name}={getattr(args, name)}: expected {least} or more')
+    return args
+
+
+def open_models(args: argparse.Namespace) -> tuple[dict[str, GPT], dict[str, str], str]:
+    """({'base' | 'generalist' | a user's number: model}, {user's number: name}, dtype of products). Without a run the base
+    alone. Raises ValueError or OSError for what is missing or does not belong together."""
+    if not args.run:
+        return {'base': open_base(args.init_from, args.device or 'cpu', 'float32')}, {}, 'float32'
+    run = open_run(args.run, args.init_from, args.device)
+    names = {'0': 'everybody'} if run.c.pooled else {str(i): name for i, name in zip(run.ids, run.names)}
+    models = {'base': run.base, **({'generalist': run.generalist} if run.generalist else {}), **dict(zip(names, run.models))}
+    return models, names, run.c.dtype
+
+
+def pick(args: argparse.Namespace, models: dict[str, GPT], names: dict[str, str]) -> dict[str, GPT]:
+    """{title: model} of those that are to write. Dies for one that is not there."""
+    whom = [args.user or [*names, 'base'][0]]
+    if args.compare:
+        whom = [*(key for key in models if key not in names), *(args.user.split(',') if args.user else [*names][:MOST])]
+        if not args.user and len(names) > MOST:
+            print(f'sample.py: the first {MOST} of {len(names)} users; --user=0,3 would name others', file=sys.stderr)
+    keys = [find(who, models, names) for who in whom]
+    return {f'{key} {names[key]}' if key in names else key: models[key] for key in keys}
+
+
+def find(who: str, models: dict[str, GPT], names: dict[str, str]) -> str:
+    """The key in models of --user=who: base, generalist or a user's number, else a name that one user has. Dies without one."""
+    keys = [who] if who in models else [number for number, name in names.items() if name == who]
+    if len(keys) != 1:
+        known = [f'{key} ({names[key]})' if key in names else key for key in models]
+        die(f'--user={who}: expected one of {", ".join(known[:12])}{", ..." if len(known) > 12 else ""}')
+    return keys[0]
+
+
+def tokenizer_of(base: GPT) -> Encoding:
+    V = base.config.vocab_size
+    for name, n in (('bytes', 257), ('gpt2', 50257)):
+        if 0 <= V - n < 128:  # bases pad their vocabulary, e.g. 50257 -> 50304
+            return encoding(name)
+    die(f'the base has a vocabulary of {V} tokens: expected 257 (bytes) or 50257 (gpt2), or up to 127 more')
+
+
+def read_prompt(prompt: str, enc: Encoding, n_positions: int) -> tuple[str, list[int]]:
+    """(text, tokens) of a prompt, or of a file if it reads FILE:path: the last n_positions tokens. An empty one is the start
+    of a document: what follows end-of-text for GPT-2; what follows a newline for bytes, where no such token separates them."""
+    file = prompt[5:] if prompt.startswith('FILE:') else None
+    ids = enc.encode_ordinary(prompt) if file is None else load_text(file, enc.name).tolist()
+    if len(ids) > n_positions:
+        print(f'sample.py: a prompt of {len(ids)} tokens: the model sees the last {n_positions}', file=sys.stderr)
+    ids = ids[-n_positions:]
+    return ''.join(decode(ids, enc)), ids or ([enc.eot_token] if enc.name == 'gpt2' else enc.encode_ordinary('\n'))
+
+
+def decode(tokens: Iterable[int], enc: Encoding) -> Iterator[str]:
+    """The text of tokens, a piece for each and one for the end. A token may be a part of a character, which comes when it is
+    complete; what is no UTF-8, no token of the tokenizer (a padded vocabulary), or a control character becomes U+FFFD."""
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')
+    for token in tokens:
+        raw = enc.decode_single_token_bytes(token) if token < enc.n_vocab else b'\xff'
+        yield decoder.decode(raw).translate(CONTROL)
+    yield decoder.decode(b'', final=True)
+
+
+def sample(model: GPT, ids: list[int], enc: Encoding, args: argparse.Namespace, seed: int) -> Iterator[str]:
+    """What the model writes after the prompt, in pieces."""
+    idx = torch.tensor([ids], device=model.wte.weight.device)  # (1, T)
+    new = (token.item() for token in model.stream(idx, args.tokens, args.temperature, args.top_k, seed))
+    return decode(takewhile(lambda token: token != enc.eot_token, new), enc)
+
+
+def show(pieces: Iterable[str]) -> None:
+    for piece in pieces:
+        print(piece, end='', flush=True)
+    print()
+
+
+def main(argv: list[str]) -> None:
+    args = read_options(argv)
+    try:
+        models, names, dtype = open_models(args)
+        enc = tokenizer_of(models['base'])
+        prompts = [read_prompt(prompt, enc, models['base'].config.n_positions) for prompt in args.prompt or ['']]
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        die(error)
+    chosen = pick(args, models, names)
+    jobs = [(*prompt, args.seed + i) for prompt in prompts for i in range(args.samples)]
+    try:
+        with autocast(models['base'].wte.weight.device, dtype):
+            for n, (text, ids, seed) in enumerate(jobs):
+                print(f'{RULE}\n' if n else '', end='')
+                if args.compare:
+                    print(f'prompt {text if len(text) <= 60 else "..." + text[-57:]!r}, seed {seed}\n')
+                for title, model in chosen.items():
+                    before, after = (f'{title}\n{RULE}\n', '\n') if args.compare else (text, '')
+                    show(chain([before], sample(model, ids, enc, args, seed), [after]))
+    except RuntimeError as error:
+        die(f'cannot draw from this model at temperature {args.temperature}: {error}')
+
+
+if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='replace')  # a terminal that does not speak UTF-8
+    for name in ('SIGPIPE', 'SIGINT'):  # `| head` and Ctrl-C end it as they end other tools: at once, without a traceback
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+    main(sys.argv[1:])
