@@ -1,7 +1,9 @@
 """model.py is GPT-2: the oracle is transformers' GPT2LMHeadModel on a random small configuration."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
 from lora_moe import add_lora, roles
-from model import GPT, CrossEntropy, GPTConfig, choose, fast_fp32, load_gpt, save_gpt
+from model import GPT, CrossEntropy, GPTConfig, choose, evaluate, fast_fp32, load_gpt, save_gpt
 
 
 @pytest.fixture(scope='module')
@@ -100,7 +102,7 @@ def test_generate():
     for bad in (dict(temperature=-1.0), dict(top_k=0)):
         with pytest.raises(ValueError):
             gpt.generate(prompt, 1, **bad)
-    with pytest.raises(ValueError, match='empty'):
+    with pytest.raises(ValueError, match='a prompt of 0 tokens'):
         gpt.generate(prompt[:, :0], 1)
 
 
@@ -130,7 +132,7 @@ def user_model(n, **kwargs):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     if n:
-        model = add_lora(model, n, 1, 4, **kwargs)
+        model = add_lora(model, n_experts=n, n_generalists=1, rank=4, **kwargs)
         for name, p in model.named_parameters():
             if name in roles(model):
                 torch.nn.init.normal_(p.data, std=2.0 if 'router' in name else 0.2)
@@ -331,3 +333,47 @@ def test_gpt2_124m_has_the_published_size():
     with torch.device('meta'):
         assert sum(p.numel() for p in GPT(GPTConfig()).parameters()) == 124_439_808
     assert set(model_file.HUB) == {'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'}
+
+
+# ---- perplexity of a whole stream (METHOD 0.3) ---------------------------------------------------------------------------
+@pytest.mark.parametrize('n', [2, 16, 17, 18, 40, 97])
+def test_every_token_but_the_first_is_predicted_once(n, tiny):
+    """Windows of 16 do not overlap, the last is shorter, and the mean is over tokens."""
+    tokens = np.random.default_rng(0).integers(0, 257, n)
+    result = evaluate(tiny.model, tokens, 16)
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, n - 1, 16):
+            window = torch.from_numpy(tokens[start : start + 17])
+            logits = tiny.model(window[None, :-1])[0][0]
+            total += F.cross_entropy(logits, window[1:], reduction='sum').item()
+    assert result['tokens'] == n - 1 and result['loss'] == pytest.approx(total / (n - 1), rel=1e-5)
+    assert result['ppl'] == pytest.approx(math.exp(result['loss']))
+
+
+def test_a_uniform_model_has_the_perplexity_of_its_vocabulary():
+    gpt = GPT(GPTConfig(50, 16, 1, 2, 8))
+    for p in gpt.parameters():
+        p.data.zero_()
+    assert evaluate(gpt, np.arange(40), 16)['ppl'] == pytest.approx(50, rel=1e-5)
+
+
+def test_evaluation_draws_nothing_and_changes_nothing(train):
+    user = train().users[0]
+    before = {name: p.clone() for name, p in user.model.named_parameters()}
+    state = torch.get_rng_state()
+    a, b = (evaluate(user.model, user.data['test'], 16) for _ in range(2))
+    assert a == b and torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in user.model.named_parameters())
+
+
+def test_routing_shares(train):
+    """Scores and top-1 shares sum to one in every layer, and are those of one forward over the same windows."""
+    user = train('--method=comigs_1gxs', '--n_experts=3').users[0]
+    tokens = user.data['test'][:33]
+    result = evaluate(user.model, tokens, 16)
+    assert np.allclose(np.sum(result['scores'], axis=1), 1) and np.allclose(np.sum(result['top1'], axis=1), 1)
+    with torch.no_grad():
+        routing = user.model(torch.from_numpy(tokens[:32].astype(np.int64)).view(2, 16))[1]
+    assert np.allclose(result['scores'], torch.stack([r.probs.mean(0) for r in routing]), atol=1e-6)
+    assert np.allclose(result['top1'][0], F.one_hot(routing[0].probs.argmax(-1), 3).float().mean(0))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import user_streams, write_dataset
 
-from data.stream import SPLITS, Texts, get_batch, load_user, overlap
+from data.stream import SPLITS, Texts, get_batch, overlap
 
 
 def test_a_user_at_a_time_is_what_was_written(tmp_path):
