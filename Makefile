@@ -33,11 +33,11 @@ data/demo/meta.json: .venv/run-ready data/prepare.py data/sources.py data/instal
 
 test: .venv/test-ready
 	@echo '== Running the tests'
-	@$(PY) -m pytest -q -m 'not slow'
+	@$(PY) -m pytest -q -n 2 --dist loadfile -m 'not slow'
 
 test-all: .venv/test-ready
 	@echo '== Running the tests, the long forms too'
-	@$(PY) -m pytest -q
+	@$(PY) -m pytest -q -n 2 --dist loadfile
 
 reliability: .venv/test-ready
 	@echo '== Running the long form of every reliability figure'

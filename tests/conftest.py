@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-import torch
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # tiny tensors: a second thread only waits, and the tests run in two processes
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared'  # real text for offline checks; those tests skip where it is absent
@@ -27,7 +29,8 @@ from user import User, start_of  # noqa: E402
 
 LONG = os.environ.get('RELIABILITY') == 'long'  # the counts of `make reliability`, instead of a short form of every line
 FIGURES = {}  # {'R1': (what was reached, whether that is the target)}
-os.environ['LOOKUPS'] = tempfile.mkstemp(prefix='lookups')[1]
+if 'LOOKUPS' not in os.environ:  # one list for all processes of the tests
+    os.environ['LOOKUPS'] = tempfile.mkstemp(prefix='lookups')[1]
 os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(ROOT / 'tests/no_network'), os.environ.get('PYTHONPATH')]))
 exec(compile((ROOT / 'tests/no_network/sitecustomize.py').read_text(), 'sitecustomize.py', 'exec'), {})
 

@@ -155,7 +155,7 @@ def test_the_template_has_one_place_for_the_data_and_no_address():
 # ---- the page of a run
 def test_page_of_a_run(finished, tmp_path, capsys):
     """Every cell has its numbers: the run's perplexities on the diagonal, the shares, and the scores of what is shown."""
-    run = shutil.copytree(finished.out, tmp_path / 'run')
+    run = shutil.copytree(finished.out, tmp_path / 'run', ignore=shutil.ignore_patterns('eval.json'))
     data, models = report(run, '--passage_tokens=20'), open_run(run).models  # as tested: finished.users have had a mean since
     said, page = capsys.readouterr().out, (run / 'routing.html').read_bytes()
     assert data['models'] == [t['name'] for t in data['texts']] == ['user 0', 'user 1', 'user 2']
