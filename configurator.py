@@ -75,8 +75,13 @@ def hold(rows: dict[str, str], values: dict) -> None:
     for condition, why in rows.items():
         if not eval(condition, {'fullmatch': re.fullmatch}, values):
             spoken = dict.fromkeys(name for name in re.findall(r'\w+', condition) if name in values)
-            text = {k: ','.join(map(str, v)) if isinstance(v, tuple) else v for k, v in values.items()}
-            die(', '.join(f'{"--" * (k in SWITCHES)}{k}={text[k]}' for k in spoken) + f': {why}')
+            die(', '.join(f'{"--" * (k in SWITCHES)}{k}={in_short(values[k])}' for k in spoken) + f': {why}')
+
+
+def in_short(value: object) -> str:
+    """A value as it is typed; of many users' the first ones."""
+    entries = [*map(str, value)] if isinstance(value, tuple) else [str(value)]
+    return ','.join(entries[:8] + ['...'] * (len(entries) > 8))
 
 
 def fit(c: SimpleNamespace, N: int, n_positions: int) -> SimpleNamespace:
@@ -86,7 +91,7 @@ def fit(c: SimpleNamespace, N: int, n_positions: int) -> SimpleNamespace:
         value = getattr(c, name)
         each = value if isinstance(value, tuple) else (value,) * N
         if len(each) != N or not 1 <= min(each) <= max(each) <= 4096:
-            die(f'--{name}={",".join(map(str, each))}: expected one value from 1 to 4096, or {N}, one per user of {c.dataset}')
+            die(f'--{name}={in_short(each)}: expected one value from 1 to 4096, or {N}, one per user of {c.dataset}')
         setattr(c, name, each)
     hold(FIT, {**vars(c), 'N': N, 'n_positions': n_positions})
     return c
@@ -94,7 +99,7 @@ def fit(c: SimpleNamespace, N: int, n_positions: int) -> SimpleNamespace:
 
 def known(name: str, names: dict, what: str, dashes: str = '') -> str:
     if name in GONE and names is SWITCHES:
-        die(f'there is no {what} {dashes}{name} any more: {GONE[name]}')
+        die(f'{dashes}{name} is no {what} any more: {GONE[name]}')
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
         hint = f'did you mean {dashes}{near[0]}?' if near else f'known: {", ".join(names)}'
@@ -165,8 +170,8 @@ def list_methods() -> str:
         experts, generalists, attention, router, trained_on, aggregate, rank = row
         gate = f'{router}, {trained_on}' if router == 'learned' else router
         shared = f'{generalists}{" + attention" * attention}'
-        lines.append([name, where.replace('T', 'Table '), experts, rank, gate, shared, aggregate, what])
-    return table(['--method', 'paper', 'experts', 'rank', 'router', 'generalists', 'rule', 'what it is'], lines, left=8)
+        lines.append([name, where.removeprefix('T'), experts, rank, gate, shared, aggregate, what])
+    return table(['--method', 'Table', 'experts', 'rank', 'router', 'generalists', 'rule', 'what it is'], lines, left=8)
 
 
 # ---- what other commands share -------------------------------------------------------------------------------------

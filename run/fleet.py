@@ -34,7 +34,10 @@ class Fleet:
         shared = [name for name in self.start if name[-1] in LEAVES.get(c.aggregate, 'AB')]  # of that, what leaves every round
         if c.init_adapter:  # private attention LoRAs start from it, too
             fresh = start_of(c, base, roles_of=('generalist', 'attention'))
-            found, self.adapter_sha256 = read_peft(Path(c.init_adapter), fresh, c.lora_alpha)
+            try:
+                found, self.adapter_sha256 = read_peft(Path(c.init_adapter), fresh, c.lora_alpha)
+            except (OSError, ValueError) as error:
+                raise ValueError(f'--init_adapter: {error}') from None
             self.start |= found
         self.asked = {name: self.start[name] for name in shared}
         self.public = self.public_windows()

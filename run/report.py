@@ -121,6 +121,6 @@ def show(c: SimpleNamespace, journal: Journal, summary: dict) -> None:
     print(table(['test perplexity', *columns], [*(rows if len(rows) <= 20 else ()), last_row]))
     out = journal.out
     journal.say(
-        f'{summary["seconds"]:.0f} s; wrote {out}/summary.json, metrics.jsonl, config.json, checkpoint/, adapters/; '
-        f'curves: python tools/plot.py run {out}'
+        f'{summary["seconds"]:.0f} s; wrote {out}/summary.json, metrics.jsonl, config.json, checkpoint/, adapters/'
+        + f'; curves: python tools/plot.py run {out}' * (c.rounds > 0)
     )

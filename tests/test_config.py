@@ -147,7 +147,7 @@ def test_an_entry_for_each_user(argv, capsys):
 def test_what_replaces_switches_of_before(capsys, tmp_path):
     (tmp_path / 'old.py').write_text('fuse = True')
     for name in ('match', 'fuse', 'tensorboard', 'wandb'):
-        assert f'no switch --{name} any more: {GONE[name]}' in refused(capsys, configure, [f'--{name}=full'])
+        assert f'--{name} is no switch any more: {GONE[name]}' in refused(capsys, configure, [f'--{name}=full'])
         assert GONE[name] in refused(capsys, configure, [f'--{name}'])
     assert GONE['fuse'] in refused(capsys, configure, [str(tmp_path / 'old.py')])
     assert not GONE.keys() & SWITCHES.keys()
@@ -240,7 +240,7 @@ def test_every_method_is_listed(capsys):
     listed = shown(capsys, '--list_methods')
     assert listed == shown(capsys, '--rounds=3', '--list_methods') == list_methods() + '\n'
     assert [line.split()[0] for line in listed.splitlines()[2:]] == list(METHODS)
-    assert 'consensus' in listed and '2305.18497' in listed and 'Table 4' in listed
+    assert 'consensus' in listed and '2305.18497' in listed and 'Table' in listed
 
 
 def test_a_command_of_tools_is_as_strict(capsys):

@@ -430,7 +430,7 @@ def test_a_run_that_is_refused_ends_the_sweep(fake_runs, capsys):
         (['table1', '--seed=3'], '--seeds=42,45'),
         (['fig9', '--router_every=3'], '--router_every cannot be passed on: rows'),
         (['table1', '--roundz=3'], 'did you mean --rounds?'),
-        (['table1', '--match=full'], 'there is no switch --match any more'),
+        (['table1', '--match=full'], '--match is no switch any more'),
         (['table1', '--clip_norm=1'], 'it bounds the moves'),
     ],
 )
