@@ -249,7 +249,7 @@ def sweep(runs: list[dict], setup: dict, jobs: int, title: str) -> None:
     if not todo:
         return
     jobs, threads, gpus, words = machine_of(jobs, setup['extra'].get('device', 'auto'))
-    free, running, failed = queue.SimpleQueue(), {}, 0
+    free, running, ended, failed = queue.SimpleQueue(), {}, 0, 0
     for slot in range(jobs):
         free.put(gpus[slot % len(gpus)] if gpus else '')
 
@@ -272,15 +272,16 @@ def sweep(runs: list[dict], setup: dict, jobs: int, title: str) -> None:
                 done, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
                 bar.n = sum(rounds_done(run) or 0 for run in todo)
                 bar.set_postfix_str(f'{len(left)} runs left: {", ".join([*running])}')
-                for run, status in [future.result() for future in done]:
+                for run, status in [future.result() for future in futures if future in done]:  # in the order of their beginning
+                    ended += 1
                     if status == 2:  # refused by train.py, which has said why
                         die(ending(run, status))
                     fine = not status and finished(run)
                     failed += not fine
                     if not fine or bar.disable:
                         bar.clear()
-                        place = f'[{len(todo) - len(left)}/{len(todo)}]'
-                        print(place, ending(run, status), file=sys.stdout if fine else sys.stderr, flush=True)
+                        stream = sys.stdout if fine else sys.stderr
+                        print(f'[{ended}/{len(todo)}]', ending(run, status), file=stream, flush=True)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             while not all(future.done() for future in futures):  # one of them may have been about to start
