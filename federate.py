@@ -3,7 +3,7 @@
 What may leave is decided by `shared_names` and nowhere else (METHOD 0.5): generalists, and the attention LoRAs if they are
 shared. Specialists, routers, optimizer state and text never do. An update is what one user sends: {name: tensor}, every LoRA
 a pair NAME.A (r, in) and NAME.B (out, r), ΔW = γ B A. A new rule is a function here, a `case` in `combine`, its name in LEGAL
-and a row of METHODS (config/default.py).
+(config/default.py) and, if its result is a model for everybody, in ONE_MODEL; a row of METHODS if it is to have a name.
 
 Sums run in float64 and do not depend on the order of the users (`order_free_sum`), nor on when their updates arrive.
 
@@ -164,7 +164,7 @@ def combine(
             log('trust', {'users': [*told], 'matrix': W.tolist()})
             psi = [consensus(predictions, row, c.vocab_size) for row in W.tolist()]
             return {}, {i: {'ids': ids, 'values': values} for i, (ids, values) in zip(told, psi)}
-    return {}, {}
+    return {}, {}  # none; consensus before its first pseudo-labels
 
 
 # ---- means of parameters -------------------------------------------------------------------------------------------

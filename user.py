@@ -1,7 +1,7 @@
 """One user: what a device can do, on its own text with its own LoRA experts, router and optimizers.
 
 Three methods return what leaves the device, and run/fleet.py's `ask` is their only caller: `upload`, `judge`, `predict`.
-Nothing else does: no text, no specialist, no router, no optimizer state (METHOD 0.5). A device alone, in five lines:
+Nothing else does: no private text, no specialist, no router, no optimizer state (METHOD 0.5). A device alone, in five lines:
 
     c = fit(configure(['--method=comigs_1gxs', '--n_experts=3', '--dtype=float32']), N=1, n_positions=256)
     user = User(0, c, load_gpt('assets/base-tiny.safetensors'), {'train': tokens, 'valid': tokens, 'test': tokens})
@@ -51,12 +51,9 @@ class User:
         self.adapter = {name: p for name, p in self.model.named_parameters() if name in self.role}  # all that is the user's
         self.shared = federate.shared_names(self.role, c)  # what leaves every round
         frozen = {name for name in federate.shared_names(self.role, c, 'AB') if c.aggregate == 'ffa' and name.endswith('.A')}
-        theta = [
-            p for name, p in self.adapter.items() if self.role[name] != 'router' and name not in frozen
-        ]  # experts: lower level
-        phi = [
-            p for name, p in self.adapter.items() if self.role[name] == 'router' and c.router == 'learned'
-        ]  # the upper level
+        # the experts learn on the lower level, the router on the upper one
+        theta = [p for name, p in self.adapter.items() if self.role[name] != 'router' and name not in frozen]
+        phi = [p for name, p in self.adapter.items() if self.role[name] == 'router' and c.router == 'learned']
         adamw = dict(betas=(0.9, 0.95), weight_decay=c.weight_decay, fused=self.device.type != 'mps')
         joint = c.router_data == 'joint'
         self.expert_opt = torch.optim.AdamW(theta + phi if joint else theta, lr=c.expert_lr, **adamw)
@@ -67,10 +64,8 @@ class User:
         self.expert_steps = self.router_steps = 0
         self.bytes_up = self.bytes_down = 0  # since the last line of `traffic`
         self.stacks_seen = 0  # FLoRA: bytes of stacks that it has downloaded
-        self.own, self.pseudo_labels = (
-            {},
-            None,
-        )  # what the server made for this user alone: tensors, or (W, T, K) ids and values
+        self.own = {}  # tensors that the server made for this user alone
+        self.pseudo_labels = None  # likewise, of the public text: ids and values, (W, T, K) each
         self.load({name: initial(name, p.shape, c.seed, 'user', i) for name, p in self.adapter.items()})
         self.load(truncate(start, self.rank))
 
@@ -92,7 +87,7 @@ class User:
         return {'step': self.expert_steps, 'user': self.id, 'loss': ce, 'ppl': perplexity(ce), 'lb': lb, 'lr': lr}
 
     def router_step(self) -> dict:
-        """Eq. (3), upper level: φ_i descends on a batch of the validation text (c.router_data), θ_i fixed."""
+        """Eq. (3), upper level: φ_i descends on a batch of the text that c.router_data names, by default validation, θ_i fixed."""
         data = self.data[self.c.router_data]
         ce, lb = self.descend(self.router_opt, data, (self.c.seed, self.id, 1, self.router_steps))
         self.router_steps += 1
