@@ -87,7 +87,7 @@ class User:
         return {'step': self.expert_steps, 'user': self.id, 'loss': ce, 'ppl': perplexity(ce), 'lb': lb, 'lr': lr}
 
     def router_step(self) -> dict:
-        """Eq. (3), upper level: φ_i descends on a batch of the text that c.router_data names, by default validation, θ_i fixed."""
+        """Eq. (3), upper level: φ_i descends on a batch of the validation text (or what c.router_data names), θ_i fixed."""
         data = self.data[self.c.router_data]
         ce, lb = self.descend(self.router_opt, data, (self.c.seed, self.id, 1, self.router_steps))
         self.router_steps += 1
