@@ -192,7 +192,7 @@ def order_free_sum(t: torch.Tensor) -> torch.Tensor:
     2^-52 of N times the largest, whose sums are exact. The error of a mean is below N 2^-52 of the largest term. (Adding
     sorted values is as order-free and takes three times as long.)"""
     most = torch.maximum(t.amax(0), -t.amin(0)) * len(t)  # (...)
-    scale = torch.ldexp(torch.ones_like(most), 52 - torch.frexp(most).exponent)  # powers of two
+    scale = torch.ldexp(torch.ones_like(most), (52 - torch.frexp(most).exponent).clamp_max(1023))  # powers of two, finite
     return (t * scale).round_().sum(0) / scale
 
 
@@ -208,6 +208,7 @@ def trimmed_mean(updates: list[Tensors], trim: float) -> Tensors:
     """The mean of every coordinate without its ⌊trim N⌋ smallest and as many largest values (Yin et al. 2018, 1803.01498):
     bounded influence of up to trim N hostile users, 0 <= trim < 1/2."""
     cut = int(trim * len(updates) + 1e-9)  # 0.07 * 100 is 7.000000000000001, 0.29 * 100 is 28.999999999999996
+    cut = min(cut, (len(updates) - 1) // 2)  # and half of them is the median
     return like({name: t.sort(0).values[cut : len(updates) - cut].mean(0) for name, t in stacked(updates)}, updates[0])
 
 
@@ -338,13 +339,19 @@ def flexlora(updates: list[Tensors], weights: list[float], scalings: list[float]
 
 def of_rank(server: Tensors, rank: int, scaling: float) -> Tensors:
     """What a user of that rank and scaling γ takes from `flexlora`: A = Vᵀ[:r], B = U[:, :r] Σ[:r] / γ, the best
-    approximation of W with its rank (Eckart-Young), exact if rank W <= r. A rank above the matrix's own leaves zeros."""
-    return {
-        name: F.pad(t[:rank], (0, 0, 0, max(0, rank - len(t))))
-        if name.endswith('.A')
-        else F.pad(t[:, :rank], (0, max(0, rank - t.shape[1]))) / scaling
-        for name, t in server.items()
-    }
+    approximation of W with its rank (Eckart-Young), exact if rank W <= r. Where r is above the Σ r_k of those present, B = 0
+    and the rows of A go on orthonormal, so that these components can be trained again; above A's width both are 0."""
+    taken = {}
+    for name, t in server.items():
+        if name.endswith('.A'):
+            A = F.pad(t[:rank], (0, 0, 0, max(0, rank - len(t))))  # (r, in)
+            if rank > len(t):  # of a column of zeros QR makes one at right angles to those before it
+                Q = torch.linalg.qr(A.T.cpu().double()).Q.T.to(t)  # (min(r, in), in)
+                A[len(t) : len(Q)] = Q[len(t) :]
+            taken[name] = A
+        else:
+            taken[name] = F.pad(t[:, :rank], (0, max(0, rank - t.shape[1]))) / scaling
+    return taken
 
 
 def fuse(own: Tensors, mean: Tensors, w1: float, w2: float) -> Tensors:

@@ -187,6 +187,11 @@ class LoRAMoE(nn.Module):
             # all experts' LoRAs side by side: A (E r, in), with γ in it, and B (out, E r)
             A1, A2 = (torch.cat([lora.A * lora.scaling for lora in loras]).to(dtype) for loras in (c_fc, c_proj))
             B1, B2 = (torch.cat([lora.B for lora in loras], 1).to(dtype) for loras in (c_fc, c_proj))
+            if chosen is not None:  # 0 * NaN is NaN: of an expert that no token chose not even that comes through the masks
+                used = torch.zeros(E, dtype=torch.bool, device=x.device).scatter_(0, chosen.flatten(), True)
+                used = used.repeat_interleave(A1.shape[0] // E, output_size=A1.shape[0])  # (E r,)
+                A1, A2 = (A.where(used[:, None], 0) for A in (A1, A2))
+                B1, B2 = (B.where(used, 0) for B in (B1, B2))
             F_, b_F, P, b_P = (p.to(dtype) for p in (self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias))
             y = Mixture.apply(x, w.to(dtype), chosen, experts[0].c_fc.A.shape[0], F_, b_F, P, A1, B1, A2, B2)  # (N, C)
             # a lone top-1 weight is below 1: b_P is scaled too

@@ -59,7 +59,8 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """x (N, C), weight (V, C), targets (N,) int64 -> scalar, float32. Logits are rounded to product_dtype(x)."""
+        """x (N, C), weight (V, C), targets (N,) int64 -> scalar, float32. Products and logits are in product_dtype(x). bfloat16
+        rounds a logit near -100, as GPT-2 has them, to a half: in evaluation a row is first shifted by its target's logit."""
         dtype, (N, V) = product_dtype(x), (len(x), len(weight))
         with torch.autocast(x.device.type, enabled=False):
             rows, weight, dx = x.to(dtype), weight.to(dtype), torch.empty_like(x)
@@ -70,10 +71,17 @@ class CrossEntropy(torch.autograd.Function):
             total = work.new_zeros(())
             for i in range(0, N, n):
                 target, z = targets[i : i + n, None], logits[: N - i]  # (n, 1), (n, V)
-                e = work[: N - i]
-                e.copy_(torch.mm(rows[i : i + n], weight.t(), out=z))
+                e, row = work[: N - i], rows[i : i + n]  # (n, V), (n, C)
+                if dtype == torch.float32 or ctx.needs_input_grad[0]:
+                    e.copy_(torch.mm(row, weight.t(), out=z))
+                    own = e.gather(1, target)  # (n, 1)
+                else:
+                    own = (row.float() * weight[target[:, 0]].float()).sum(1, keepdim=True)  # (n, 1)
+                    shift = -own.to(dtype)
+                    e.copy_(torch.addmm(shift, row, weight.t(), out=z))
+                    own += shift
                 top = e.amax(1, keepdim=True)
-                total += (top - e.gather(1, target)).sum()
+                total += (top - own).sum()
                 Z = e.sub_(top).exp_().sum(1, keepdim=True)  # (n, 1)
                 total += Z.log().sum()
                 if ctx.needs_input_grad[0]:  # (softmax - one-hot) W = e W / Z - W[target]
@@ -171,7 +179,9 @@ class GPT(nn.Module):
         return self.ln_f(x), routing
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.wte.weight)  # (..., C) -> (..., V)
+        """(..., C) -> (..., V). Logits are float32 under autocast, too: who reads them takes differences of large numbers."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.wte.weight.float())
 
     def forward(self, idx: torch.Tensor) -> tuple[torch.Tensor, list]:
         """idx (B, T) -> logits (B, T, V), routing of every layer."""
@@ -185,7 +195,7 @@ class GPT(nn.Module):
         x, routing = self.hidden(idx)
         x, targets = x.flatten(0, 1), targets.flatten()  # (N, C), (N,)
         if self.wte.weight.requires_grad and torch.is_grad_enabled():  # pretrain.py: the head is trained too
-            return F.cross_entropy(self.head(x).float(), targets), routing
+            return F.cross_entropy(self.head(x), targets), routing
         return CrossEntropy.apply(x, self.wte.weight, targets), routing
 
     @torch.no_grad()
@@ -205,7 +215,7 @@ class GPT(nn.Module):
             if idx.shape[1] > self.config.n_positions:
                 cache = None  # positions are absolute: where the window slides, every token gets a new one
             x, _ = self.hidden(idx[:, -1:] if cache and cache[0] else idx[:, -self.config.n_positions :], cache)
-            new = choose(self.head(x[:, -1]).float(), temperature, top_k, generator)  # (B, 1)
+            new = choose(self.head(x[:, -1]), temperature, top_k, generator)  # (B, 1)
             idx = torch.cat((idx, new), dim=1)
             yield new
 

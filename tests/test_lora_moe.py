@@ -104,6 +104,19 @@ def test_gpt2_124m_equals_the_plain_one():
     assert compare(rounded, plain, data, ('bfloat16', 'float32'))['cosine'] > 0.999
 
 
+@pytest.mark.parametrize('k', [1, 2])
+def test_an_expert_that_no_token_chose_may_hold_anything(k):
+    """0 * NaN is NaN: the masks alone would let it through to every token, and into every gradient."""
+    moe = user_model(4, k).h[0].mlp
+    never_chosen(moe)
+    x, grad_y = torch.randn(2, 9, 16), torch.randn(2, 9, 16)
+    x[..., 0] = 1
+    sound = gradients(moe, x, grad_y)
+    for p in moe.specialists[-1].parameters():
+        p.data.fill_(torch.nan)
+    assert all(torch.equal(new, sound[name]) for name, new in gradients(moe, x, grad_y).items())
+
+
 def test_a_wrong_gradient_or_nan_does_not_pass_for_plain():
     idx, ours = torch.randint(50, (2, 16)), user_model(2)
     plain, B = PlainGPT(ours), ours.h[0].mlp.specialists[0].c_fc.B.data
