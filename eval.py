@@ -47,7 +47,7 @@ def read_run(run: Path, ids: list[int] | None = None) -> tuple[SimpleNamespace, 
     folder = run / 'checkpoint'
     done = checkpoint.rounds(folder)
     if not done or done == [0]:
-        raise ValueError(f'{run} has no finished round yet: wait for its first checkpoint')
+        raise ValueError(f'{run} has no finished round yet: wait for its first checkpoint, or continue it with --resume')
     tensors, facts = checkpoint.read_round(folder, done[-1])
     files = {i: checkpoint.user_file(folder, i, t) for i, t in facts['last_round'].items()}
     users = [checkpoint.read(files[i], 'adapter/')[0] if i in files else {} for i in ids]
@@ -70,7 +70,7 @@ def open_run(
     if c.aggregate == 'flora':
         merged = run / 'adapters' / 'base.safetensors'
         if not merged.exists():
-            raise ValueError(f'{run} merges into its base, which it saves when it has finished: wait for that')
+            raise ValueError(f'{run} merges into its base, saved when it has finished: wait, or continue it with --resume')
         checkpoint.read(merged)  # its SHA-256
         ours = load_gpt(str(merged)).to(device)
     alone = shape_of(c, 0) | dict(n_experts=c.n_generalists, routed=False)
@@ -92,7 +92,7 @@ def open_base(source: str, device: str, dtype: str, sha256: str | None = None) -
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f'cannot use the device {device} ({str(error).splitlines()[0]}): give --device=cpu') from None
     if sha256 and fingerprint(base) != sha256:
-        raise ValueError(f'{source} is not the base that the run was trained on (SHA-256 differs)')
+        raise ValueError(f'{source} is not the base that the run was trained on (SHA-256 differs): give that one')
     fast_fp32(base.wte.weight.device.type)
     if dtype == 'bfloat16':
         store_in_bf16(base)

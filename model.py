@@ -16,6 +16,8 @@ import contextlib
 import hashlib
 import json
 import math
+import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -292,34 +294,24 @@ def load_gpt(source: str) -> GPT:
     """A GPT-2 in float32 on the CPU, from one of
 
     - a name in HUB: the Hub's safetensors, downloaded or from its cache (HF_HOME and HF_HUB_OFFLINE are honoured);
-    - a folder in the Hub's format: config.json and *.safetensors, or pytorch_model.bin;
+    - a folder in the Hub's format: config.json, and the weights that `weight_files` finds;
     - a .safetensors file written by save_gpt (our own format), or one of the Hub's with config.json beside it.
 
     Raises ValueError or OSError with one line that says what is wrong. Never executes code from a file."""
-    if source in HUB:
-        files, config_file = download(HUB[source])
-    else:
-        path = Path(source)
-        if not path.exists():
-            raise ValueError(f'no base model at {source!r}: give a file, a folder, or one of {", ".join(HUB)}')
-        if path.is_dir():
-            files = sorted(path.glob('*.safetensors')) or sorted(path.glob('pytorch_model*.bin'))
-            if not files:
-                raise ValueError(f'{path} holds neither *.safetensors nor pytorch_model.bin')
-        else:
-            files = [path]
-        config_file = files[0].parent / 'config.json'
-
+    files = download(HUB[source]) if source in HUB else weight_files(Path(source))
     tensors, own_config = {}, None
     for file in files:
         found, metadata = read_tensors(file)
-        tensors.update(found)
+        for name, t in found.items():
+            if re.search(r'lora_|\.lora\.|\.generalists\.|\.specialists\.', name):
+                raise ValueError(f'{file} is an adapter: expected its base (--init_adapter takes it in a folder of PEFT)')
+            if tensors.setdefault(name.removeprefix('transformer.'), t) is not t:
+                raise ValueError(f'{source} has {name} twice, in several files or as transformer.{name}: expected once')
         own_config = metadata.get('gpt_config', own_config)
-    if own_config:
-        config = GPTConfig(**json.loads(own_config))
+    if own_config is not None:
+        config = as_config(read_json(file, own_config), f'gpt_config in {source}')
     else:
-        config = hub_config(config_file)
-        tensors = from_hub(tensors)
+        config, tensors = hub_config(files[0].parent / 'config.json'), from_hub(tensors)
 
     with torch.device('meta'):
         model = GPT(config)
@@ -331,65 +323,142 @@ def load_gpt(source: str) -> GPT:
             f'{source} is not the GPT-2 that its config describes: {len(wrong)} tensors differ, first {wrong[0]}: '
             f'expected {expected.get(wrong[0], "nothing")}, found {given.get(wrong[0], "nothing")}'
         )
-    model.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
+    for name, t in tensors.items():
+        if not t.is_floating_point() or not t.float().isfinite().all():
+            raise ValueError(f'{source}: {name} ({t.dtype}) must be of floating point, and all finite in float32')
+    model.load_state_dict({name: t.float().contiguous() for name, t in tensors.items()}, assign=True)
     return model
 
 
-def download(repo: str) -> tuple[list[Path], Path]:
-    """The weights and the config of a Hub repository, as local paths. Raises OSError if the Hub cannot be reached."""
-    from huggingface_hub import hf_hub_download
+def download(repo: str) -> list[Path]:
+    """The weights of a Hub repository, config.json beside them; shows the client's bar and no line of it. Raises OSError."""
+    import huggingface_hub as hub
+    from huggingface_hub.utils import OfflineModeIsEnabled, logging
 
-    try:
-        return [Path(hf_hub_download(repo, 'model.safetensors'))], Path(hf_hub_download(repo, 'config.json'))
-    except Exception as error:  # the client raises many kinds, all meaning: not there
-        raise OSError(
-            f'cannot get {repo} from the Hugging Face Hub ({type(error).__name__}): connect once, or copy its '
-            'config.json and model.safetensors into a folder and give that folder as --init_from'
-        ) from None
+    logging.set_verbosity_error()
+    warnings.filterwarnings('ignore', module='huggingface_hub')
+    cause = None
+    for cached in (False, True):
+        try:
+            if not cached:
+                hub.get_hf_file_metadata(hub.hf_hub_url(repo, 'config.json'))  # asks once; a download tries for half a minute
+            names = ('model.safetensors', 'config.json')
+            return [Path(hub.hf_hub_download(repo, name, local_files_only=cached)) for name in names][:1]
+        except Exception as error:  # the client raises many kinds, all meaning: not there
+            cause = cause or error
+    status = getattr(getattr(cause, 'response', None), 'status_code', None)
+    fix = 'unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE' if isinstance(cause, OfflineModeIsEnabled) else 'connect once'
+    if status:
+        fix = 'check HF_ENDPOINT and HF_TOKEN (`hf auth login`)' if status in (401, 403, 404) else 'try again later'
+    elif getattr(cause, 'strerror', None):
+        fix = f'{cause.strerror}: make room, or set HF_HOME to a folder that can be written'
+    raise OSError(
+        f'cannot get {repo} from the Hugging Face Hub ({status or type(cause).__name__}): {fix}, or copy its config.json and '
+        'model.safetensors into a folder and give that folder as the base (--init_from, of tools/export.py --base)'
+    )
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The file of a base, or those of a folder: what an index lists, else the one with the Hub's name, else the only one;
+    safetensors before pickles. Raises ValueError, one line, if that leaves none or several, or is a part of a base."""
+    if not path.exists():
+        raise ValueError(f'no base model at {str(path)!r}: give a file, a folder, or one of {", ".join(HUB)}')
+    folder, seen = path if path.is_dir() else path.parent, []
+    for name, pattern in (('model.safetensors', '*.safetensors'), ('pytorch_model.bin', 'pytorch_model*.bin')):
+        index, found = folder / f'{name}.index.json', [folder / name] * (folder / name).exists()
+        if index.exists():
+            listed = read_json(index).get('weight_map')
+            names = sorted({*map(str, listed.values())}) if isinstance(listed, dict) and listed else ['nothing']
+            found = [folder / name for name in names]
+            if any(file.parent != folder or not file.is_file() for file in found):
+                raise ValueError(f'{index} lists {", ".join(names)[:150]}: expected files beside it: copy them or remove it')
+            if path in found and found[1:]:
+                raise ValueError(f'{path} is one of {len(found)} files of a base: give their folder, {folder}')
+        found = found or sorted(f for f in folder.glob(pattern) if f.is_file() and f.name[0] != '.')
+        if path == folder and (index.exists() or len(found) == 1):
+            return found
+        seen += [file.name for file in found]
+    if path != folder:
+        return [path]
+    seen = ', '.join(seen[:4]) or 'neither *.safetensors nor pytorch_model.bin'
+    raise ValueError(f'{path} holds {seen}: expected model.safetensors, or give one file')
 
 
 def read_tensors(file: Path) -> tuple[dict, dict]:
     """({name: tensor}, metadata) of a .safetensors or a pickled file of plain tensors. Raises ValueError if unreadable."""
     from safetensors import safe_open
 
+    with contextlib.suppress(Exception):  # theirs speak to programmers, and of a pickle tell how to run its code
+        if file.suffix != '.bin':
+            with safe_open(file, framework='pt') as f:
+                return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+        tensors = torch.load(file, map_location='cpu', weights_only=True)
+        if all(isinstance(n, str) and (t.layout, t.device.type) == (torch.strided, 'cpu') for n, t in tensors.items()):
+            return tensors, {}
+    raise ValueError(f'{file} cannot be read as model weights: {what_it_is(file)}')
+
+
+def read_json(file: Path, text: str | None = None) -> dict:
+    """The object in a JSON file, or in a text out of it. Raises ValueError if there is none."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if isinstance(found := json.loads(file.read_bytes() if text is None else text), dict):
+            return found
+    raise ValueError(f'{file} has no JSON object {{...}}: {what_it_is(file)}')
+
+
+def what_it_is(file: Path) -> str:
+    """Of a file that cannot be read: what it is, and what to do."""
     try:
-        if file.suffix == '.bin':
-            return torch.load(file, map_location='cpu', weights_only=True), {}
-        with safe_open(file, framework='pt') as f:
-            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
-    except Exception as error:
-        raise ValueError(f'{file} cannot be read as model weights: {" ".join(str(error).split())[:150]}') from None
+        with open(file, 'rb') as f:
+            head = f.read(20)
+    except OSError as error:
+        return f'{error.strerror}, expected a file that can be read'
+    if head.startswith(b'version https://git'):
+        return 'it is a Git LFS pointer, and `git lfs pull` gets the file itself'
+    if re.fullmatch(rb'(\xef\xbb\xbf)?[\t\n\r -~]+', head[:8]):
+        return f'it is text that begins with {head.decode(errors="replace")!r}, maybe of a failed download: get it again'
+    if head and (head.startswith(b'PK') or file.suffix not in ('.safetensors', '.json')):
+        return 'it is not tensors alone in a format that is read: write it with save_pretrained of transformers'
+    return 'it is empty, cut short, damaged or of another format: copy or download it again'
+
+
+def as_config(given: dict, where: object) -> GPTConfig:
+    """A GPTConfig out of JSON. Raises ValueError unless every field is there, and no other, of its type and in its range."""
+    kinds = {f.name: f.type for f in fields(GPTConfig)}
+    if given.keys() != kinds.keys():
+        raise ValueError(f'{where} is not {", ".join(kinds)}: write the file again with save_gpt')
+    for name, kind in kinds.items():
+        value, most = given[name], {'layer_norm_epsilon': 1, 'n_layer': 1024}.get(name, 2**24)
+        if type(value) not in (int, kind) or not 0 < value <= most:
+            raise ValueError(f'{where}: {name}={value!r:.40}, expected {kind.__name__} above 0 and up to {most}')
+    if given['n_embd'] % given['n_head']:
+        raise ValueError(f'{where}: n_embd={given["n_embd"]} is no multiple of n_head={given["n_head"]}')
+    return GPTConfig(**given)
 
 
 def hub_config(file: Path) -> GPTConfig:
     """config.json of the Hub -> GPTConfig. Raises ValueError if it is missing or describes another model than GPT-2."""
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f'no readable config.json beside the weights ({error})') from None
-    if config.get('model_type') != 'gpt2':
-        raise ValueError(f'{file} describes a {config.get("model_type")!r} model, but the base must be a gpt2')
-    fixed = {
-        'activation_function': 'gelu_new',
-        'n_inner': None,
-        'scale_attn_weights': True,
-        'tie_word_embeddings': True,
-        'scale_attn_by_inverse_layer_idx': False,
-    }
-    for key, value in fixed.items():
-        if config.get(key, value) != value and not (key == 'n_inner' and config[key] == 4 * config['n_embd']):
-            raise ValueError(f'{file}: {key}={config[key]!r} is not GPT-2 as released ({value!r})')
-    return GPTConfig(**{f.name: config.get(f.name, f.default) for f in fields(GPTConfig)})
+    given = read_json(file)
+    if given.get('model_type') != 'gpt2':
+        raise ValueError(f'{file} describes a {given.get("model_type")!r:.40} model, but the base must be a gpt2')
+    config = as_config({f.name: given.get(f.name, f.default) for f in fields(GPTConfig)}, file)
+    fixed = {'activation_function': ('gelu_new',), 'n_inner': (None, 4 * config.n_embd), 'scale_attn_weights': (True,)}
+    fixed |= {'tie_word_embeddings': (True,), 'scale_attn_by_inverse_layer_idx': (False,)}
+    fixed |= {'num_attention_heads': (config.n_head,)}  # transformers would take it for n_head
+    for key, legal in fixed.items():
+        if given.get(key, legal[0]) not in legal:
+            raise ValueError(f'{file}: {key}={given[key]!r:.40} is not GPT-2 as released ({legal[0]!r})')
+    return config
 
 
 def from_hub(tensors: dict) -> dict:
-    """The Hub's names and layouts -> ours: no prefix, no causal-mask buffers, no copy of the tied head, Linear (out, in)."""
-    ours = {}
-    for name, t in tensors.items():
-        name = name.removeprefix('transformer.')
-        if not name.endswith(('.attn.bias', '.attn.masked_bias')) and name != 'lm_head.weight':
-            ours[name] = t.t().contiguous() if name.endswith(TRANSPOSED) else t
-    return ours
+    """The Hub's layouts -> ours: no causal-mask buffers, Linear (out, in), no head, which must be a copy: else ValueError."""
+    tied = tensors.get('wte.weight')
+    head = tensors.pop('lm_head.weight', tied)
+    if head is not tied and (tied is None or head.shape != tied.shape or not head.float().equal(tied.float())):
+        raise ValueError('lm_head.weight of the base is not its wte.weight: expected tied embeddings, as in GPT-2')
+    kept = {name: t for name, t in tensors.items() if not name.endswith(('.attn.bias', '.attn.masked_bias'))}
+    return {name: t.transpose(0, -1) if name.endswith(TRANSPOSED) else t for name, t in kept.items()}
 
 
 # ---- how its numbers are held and multiplied -------------------------------------------------------------------------

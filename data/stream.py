@@ -14,6 +14,7 @@ import tiktoken
 import torch
 
 SPLITS = ('train', 'valid', 'test')
+VOCABULARIES = {'bytes': 257, 'gpt2': 50257}  # tokens of each tokenizer
 
 
 def encoding(name: str) -> tiktoken.Encoding:
@@ -34,7 +35,7 @@ def encoding(name: str) -> tiktoken.Encoding:
     except Exception as error:
         raise OSError(
             f"GPT-2's vocabulary is neither cached nor reachable ({type(error).__name__}): connect once, or set "
-            'TIKTOKEN_CACHE_DIR to a folder with its two cached files, or use --tokenizer=bytes'
+            'TIKTOKEN_CACHE_DIR to a folder with its two cached files, or prepare with --tokenizer=bytes for a base of bytes'
         ) from None
 
 
@@ -92,9 +93,10 @@ def read_meta(folder: Path, vocab_size: int) -> dict:
             f'{folder}/meta.json cannot be read ({type(error).__name__}: {error}): prepare the data set again'
         ) from None
     if not 0 <= vocab_size - meta['vocab_size'] < 128:  # bases pad their vocabulary, e.g. 50257 -> 50304
+        fix = ''.join(f'prepare with --tokenizer={t}, or ' for t, n in VOCABULARIES.items() if 0 <= vocab_size - n < 128)
         raise ValueError(
-            f'{folder} has a vocabulary of {meta["vocab_size"]} tokens ({meta["tokenizer"]}), but the base model '
-            f'has {vocab_size}: prepare with the other --tokenizer, or choose the other base with --init_from'
+            f'{folder} has a vocabulary of {meta["vocab_size"]} tokens ({meta["tokenizer"]}), but the base model has '
+            f'{vocab_size}: {fix or "no tokenizer here fits it, "}choose a base of {meta["vocab_size"]} tokens with --init_from'
         )
     return meta
 
@@ -129,7 +131,7 @@ def check_lengths(user: dict, i: int, block_size: int) -> None:
         if len(user[split]) < block_size + 1:
             raise ValueError(
                 f'user {i} has {len(user[split])} {split} tokens, but a window of block_size {block_size} '
-                f'needs {block_size + 1}: prepare more text or lower --block_size'
+                f'needs {block_size + 1}: prepare more text' + ' or train with a lower --block_size' * (len(user[split]) > 1)
             )
 
 

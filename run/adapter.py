@@ -1,7 +1,6 @@
 """A PEFT LoRA adapter as the start of a run (--init_adapter). tools/export.py writes such adapters, with the names below."""
 
 import hashlib
-import json
 import math
 import re
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 
 from federate import Tensors, pairs
 from lora_moe import scaling
-from model import read_tensors
+from model import read_json, read_tensors
 
 IN_PEFT = r'base_model\.model\.transformer\.(h\.\d+\.(?:attn|mlp)\.\w+)\.lora_([AB])\.weight'
 # of an adapter's configuration: what does not change the meaning of its tensors, or is read below
@@ -33,7 +32,7 @@ def read_peft(folder: Path, fresh: Tensors, alpha: float) -> tuple[Tensors, str]
     adapter's: its alpha / r, or alpha / sqrt(r) with use_rslora, goes into B, over our alpha / sqrt(R). For r < R the other
     components keep A as it starts and have B = 0, so they change nothing and can learn. All generalists get the same; what
     attention the adapter lacks is not returned. Raises ValueError, one line, for all that this would not give exactly."""
-    raw, config = read_config(folder)
+    config = read_config(folder)
     given, filled = tensors_of(folder, {plain(name)[1] for name in fresh}), {}
     kinds = {'mlp.c_fc', 'mlp.c_proj', *(name[:-2].split('.', 2)[2] for name in given)}
     for name in pairs(fresh):
@@ -51,7 +50,7 @@ def read_peft(folder: Path, fresh: Tensors, alpha: float) -> tuple[Tensors, str]
                 f'{(n_out, r)}: is it an adapter of this base?'
             )
         if r > R:
-            fix = 'raise --lora_rank' if '.mlp.' in short else 'train it with a rank_pattern for attention'
+            fix = 'raise --lora_rank (to 4096 at most)' if '.mlp.' in short else 'train it with a rank_pattern for attention'
             raise ValueError(f'{folder}: {short} has rank {r}, here it can have {R}: {fix}')
         theirs = setting(folder, config, short, 'lora_alpha') / (math.sqrt(r) if config.get('use_rslora') else r)
         A = torch.cat((A.float(), start[r:]))  # (R, in)
@@ -59,26 +58,25 @@ def read_peft(folder: Path, fresh: Tensors, alpha: float) -> tuple[Tensors, str]
         if not A.isfinite().all() or not B.isfinite().all():
             raise ValueError(f'{folder}: {short} has numbers that are not finite')
         filled |= {name + '.A': A, name + '.B': B}
-    return filled, hashlib.sha256(raw + (folder / 'adapter_model.safetensors').read_bytes()).hexdigest()
+    files = (folder / 'adapter_config.json', folder / 'adapter_model.safetensors')
+    return filled, hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()
 
 
-def read_config(folder: Path) -> tuple[bytes, dict]:
-    """adapter_config.json as bytes and as a dict. Raises ValueError for all that is more than LoRA on linears."""
+def read_config(folder: Path) -> dict:
+    """adapter_config.json as a dict. Raises ValueError for all that is more than LoRA on linears."""
     if not (folder / 'adapter_model.safetensors').exists() and (folder / 'adapter_model.bin').exists():
         raise ValueError(f'{folder}/adapter_model.bin is a pickle, which may run code: save it with PEFT as safetensors')
-    try:
-        raw = (folder / 'adapter_config.json').read_bytes()
-        config = json.loads(raw)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f'{folder} is no PEFT adapter: adapter_config.json cannot be read ({error})') from None
-    if not isinstance(config, dict) or config.get('peft_type') != 'LORA':
+    if not (folder / 'adapter_config.json').exists():
+        raise ValueError(f'{folder} is no PEFT adapter: expected a folder with adapter_config.json, as of tools/export.py')
+    config = read_json(folder / 'adapter_config.json')
+    if config.get('peft_type') != 'LORA':
         raise ValueError(f"{folder}/adapter_config.json: expected an adapter of peft_type 'LORA'")
     for key, value in config.items():
         if key not in UNDERSTOOD and value not in (None, False, 'none', '', [], {}):
             raise ValueError(f'{folder}: {key}={value!r} is more than LoRA on linears, which is all that can be read here')
     if config.get('init_lora_weights', True) not in (True, False, None, 'gaussian', 'eva', 'orthogonal'):
         raise ValueError(f'{folder}: init_lora_weights={config["init_lora_weights"]!r} changes the base: save it converted')
-    return raw, config
+    return config
 
 
 def setting(folder: Path, config: dict, module: str, key: str) -> float:
@@ -100,7 +98,7 @@ def tensors_of(folder: Path, places: set[str]) -> Tensors:
     for name, t in read_tensors(folder / 'adapter_model.safetensors')[0].items():
         found = re.fullmatch(IN_PEFT, name)
         short = f'{found[1]}.{found[2]}' if found else None
-        if short not in places:
-            raise ValueError(f'{folder}: there is no place for {name}: expected LoRA on the linears of attention and MLP')
+        if short not in places or not t.is_floating_point():
+            raise ValueError(f'{folder}: no place for {name} ({t.dtype}): expected LoRA on the linears of attention and MLP')
         given[short] = t.double()
     return given

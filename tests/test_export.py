@@ -248,6 +248,16 @@ def test_bad_input_is_one_line_and_writes_nothing(train, tmp_path, capsys):
     assert not x.exists()
 
 
+def test_a_base_of_the_runs_own_is_told_apart_from_one_that_is_not_there_yet(train, tmp_path, capsys):
+    run = train('--method=flora', '--rounds=1')
+    given = (run.out, tmp_path / 'x', '--to=base')
+    assert refused(capsys, export, *given, '--base=elsewhere').endswith('finished: leave --base out\n')
+    (run.out / 'adapters' / 'base.safetensors').unlink()
+    assert refused(capsys, export, *given).endswith('finished: let it finish, or continue it with --resume\n')
+    with pytest.raises(ValueError, match='wait, or continue it with --resume'):
+        open_run(run.out)
+
+
 def test_it_needs_neither_peft_nor_transformers():
     code = 'import sys, tools.export; assert not {"peft", "transformers"} & set(sys.modules)'
     subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT)
@@ -407,6 +417,10 @@ def test_broken_adapters_are_one_line_each(train, adapter, capsys, tmp_path):
     assert 'cannot be read as model weights' in said()
     tensors.unlink()
     assert 'cannot be read as model weights' in said()
+    save_file({**good, fc: good[fc].int()}, tensors)
+    assert 'no place for base_model.model.transformer.h.0.mlp.c_fc.lora_A.weight (torch.int32)' in said()
+    tensors.unlink()
+    assert 'expected a folder with adapter_config.json' in refused(capsys, train, f'--init_adapter={settings}')
     (folder / 'adapter_model.bin').write_bytes(b'')
     assert 'is a pickle' in said()
     assert 'no PEFT adapter' in refused(capsys, train, f'--init_adapter={tmp_path / "nowhere"}')

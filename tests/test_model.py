@@ -2,17 +2,24 @@
 
 import json
 import math
+import threading
+import time
+from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative_error
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
 from lora_moe import add_lora, roles
 from model import GPT, CrossEntropy, GPTConfig, choose, evaluate, fast_fp32, load_gpt, save_gpt
+from run.adapter import read_peft
 
 
 @pytest.fixture(scope='module')
@@ -53,20 +60,76 @@ def test_older_hub_layouts_load_too(hub_folder, tmp_path):
 
 
 def test_names_of_the_hub_are_downloaded(hub_folder, monkeypatch):
-    """gpt2 ... gpt2-xl go through huggingface_hub; here its one function answers with local files."""
+    """gpt2 ... gpt2-xl go through huggingface_hub; here its functions answer with local files. What it cannot reach it is asked
+    for once, then its cache."""
     import huggingface_hub
 
     folder, _ = hub_folder
     asked = []
-    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', lambda repo, file: asked.append((repo, file)) or str(folder / file))
+    monkeypatch.setattr(huggingface_hub, 'get_hf_file_metadata', lambda url: asked.append(url))
+
+    def answers(repo, file, local_files_only):
+        asked.append((repo, file, local_files_only))
+        return str(folder / file)
+
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', answers)
+    repo, url = 'openai-community/gpt2-medium', 'https://huggingface.co/openai-community/gpt2-medium/resolve/main/config.json'
     assert load_gpt('gpt2-medium').config.n_embd == 32
-    assert asked == [('openai-community/gpt2-medium', 'model.safetensors'), ('openai-community/gpt2-medium', 'config.json')]
+    assert asked == [url, (repo, 'model.safetensors', False), (repo, 'config.json', False)]
+    monkeypatch.setattr(huggingface_hub, 'get_hf_file_metadata', raiser(ConnectionError('no route')))
+    assert load_gpt('gpt2-medium').config.n_embd == 32
+    assert asked[3:] == [(repo, 'model.safetensors', True), (repo, 'config.json', True)]
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', raiser(FileNotFoundError('not cached')))
+    with pytest.raises(OSError, match='cannot get openai-community/gpt2 .*connect once.*--init_from'):
+        load_gpt('gpt2')
 
-    def unreachable(repo, file):
-        raise ConnectionError('no route')
 
-    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', unreachable)
-    with pytest.raises(OSError, match='cannot get openai-community/gpt2 .*--init_from'):
+def raiser(error):
+    def function(*args, **kwargs):
+        raise error
+
+    return function
+
+
+def test_what_the_hub_refuses_is_one_line_with_advice_that_fits(monkeypatch, capfd, tmp_path):
+    """The real client without retries, its lines and its warnings; a server on this machine, or none, answers for the Hub."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(('127.0.0.1', 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    here, nobody = f'http://127.0.0.1:{server.server_port}', 'http://127.0.0.1:9'
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+    for status, endpoint, advice in (
+        (401, here, '(401): check HF_ENDPOINT and HF_TOKEN (`hf auth login`)'),
+        (403, here, '(403): check HF_ENDPOINT and HF_TOKEN'),
+        (404, here, '(404): check HF_ENDPOINT'),
+        (429, here, '(429): try again later'),
+        (503, here, '(503): try again later'),
+        (0, nobody, '(ConnectError): connect once'),
+        ('offline', here, '(OfflineModeIsEnabled): unset HF_HUB_OFFLINE'),
+    ):
+        monkeypatch.setattr(constants, 'ENDPOINT', endpoint)
+        monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', endpoint + '/{repo_id}/resolve/{revision}/{filename}')
+        monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', status == 'offline')
+        start = time.monotonic()
+        with pytest.raises(OSError) as error:
+            load_gpt('gpt2')
+        assert advice in str(error.value) and 'as the base' in str(error.value) and time.monotonic() - start < 4
+        assert '\n' not in str(error.value) and capfd.readouterr() == ('', '')
+    server.shutdown()
+    full = OSError(28, 'No space left on device')
+    monkeypatch.setattr(huggingface_hub, 'get_hf_file_metadata', lambda url: None)
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', raiser(full))
+    with pytest.raises(OSError, match='No space left on device: make room, or set HF_HOME'):
         load_gpt('gpt2')
 
 
@@ -301,8 +364,6 @@ def test_fast_fp32_is_taken_back_where_products_become_bf16(setting, monkeypatch
 def hub_like(folder, **changes):
     folder.mkdir()
     save_gpt(GPT(GPTConfig(50, 16, 1, 2, 8)), folder / 'm.safetensors')
-    from safetensors.torch import load_file, save_file
-
     save_file(load_file(folder / 'm.safetensors'), folder / 'm.safetensors')  # drops our metadata
     config = {'model_type': 'gpt2', 'vocab_size': 50, 'n_positions': 16, 'n_layer': 1, 'n_head': 2, 'n_embd': 8, **changes}
     (folder / 'config.json').write_text(json.dumps(config))
@@ -321,6 +382,215 @@ def hub_like(folder, **changes):
 def test_another_model_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         load_gpt(hub_like(tmp_path / 'x', **changes))
+
+
+# ---- what is no base: one line that says what it is, and what to do ---------------------------------------------------
+def hub_base(folder) -> dict:
+    """As hub_like, but it does load: linears are (in, out). Returns what it loads."""
+    file = Path(hub_like(folder)) / 'm.safetensors'
+    ours = load_file(file)
+    save_file({n: t.t().contiguous() if n.endswith(model_file.TRANSPOSED) else t for n, t in ours.items()}, file)
+    return ours
+
+
+def is_base(source, tensors) -> bool:
+    found = load_gpt(str(source)).state_dict()
+    return found.keys() == tensors.keys() and all(t.dtype == torch.float32 and t.equal(tensors[n]) for n, t in found.items())
+
+
+def refusal(source) -> str:
+    with pytest.raises((ValueError, OSError)) as error:
+        load_gpt(str(source))
+    assert '\n' not in str(error.value) and len(str(error.value)) < 400
+    return str(error.value)
+
+
+def test_which_file_of_a_folder(tmp_path):
+    """What an index lists, else the Hub's name, else the only one; safetensors first, hidden files and folders never."""
+    folder = tmp_path / 'base'
+    sound, whole = hub_base(folder), load_file(folder / 'm.safetensors')
+    other = {name: t + 1 for name, t in whole.items()}
+
+    (folder / '._m.safetensors').write_bytes(b'\0\5\x16\7')
+    (folder / 'old.safetensors').mkdir()
+    assert is_base(folder, sound)
+    torch.save(other, folder / 'pytorch_model.bin')
+    assert is_base(folder, sound)
+    save_file(other, folder / 'model_step100.safetensors')
+    (folder / 'pytorch_model.bin').unlink()
+    assert 'holds m.safetensors, model_step100.safetensors: expected model.safetensors' in refusal(folder)
+    (folder / 'm.safetensors').rename(folder / 'model.safetensors')
+    assert is_base(folder, sound)
+    parts = [dict(list(whole.items())[i::2]) for i in range(2)]
+    for part, name in zip(parts, 'ab'):
+        save_file(part, folder / f'{name}.safetensors')
+    index, weight_map = folder / 'model.safetensors.index.json', {n: f'{"ab"[i]}.safetensors' for i in (0, 1) for n in parts[i]}
+    save_file(other, folder / 'model.safetensors')
+    index.write_text(json.dumps({'weight_map': weight_map}))
+    assert is_base(folder, sound)
+    assert 'b.safetensors is one of 2 files' in refusal(folder / 'b.safetensors')
+    assert not is_base(folder / 'model_step100.safetensors', sound)  # in no index
+    for spoilt, message in (
+        ('[]', 'has no JSON object'),
+        ('{}', 'lists nothing'),
+        ('{"weight_map": {}}', 'lists nothing'),
+        ('{"weight_map": ["a.safetensors"]}', 'lists nothing'),
+        ('{"weight_map": {"x": 3}}', 'lists 3: expected files'),
+        ('{"weight_map": {"x": "c.safetensors"}}', 'lists c.safetensors: expected files'),
+        ('{"weight_map": {"x": "../base/a.safetensors"}}', 'lists ../base/a.safetensors'),
+        (json.dumps({'weight_map': {'x': str(tmp_path / 'a.safetensors')}}), 'expected files beside it'),
+        ('{"weight_map": {"x": ".."}}', 'lists ..: expected files'),
+        ('{"weight_map": {"x": ""}}', 'expected files beside it'),
+    ):
+        index.write_text(spoilt)
+        assert message in refusal(folder), spoilt
+    index.write_text(json.dumps({'weight_map': weight_map}))
+    save_file({**parts[1], 'wte.weight': whole['wte.weight'], 'ln_f.bias': whole['ln_f.bias']}, folder / 'b.safetensors')
+    save_file({**parts[0], 'wte.weight': whole['wte.weight'], 'ln_f.bias': whole['ln_f.bias']}, folder / 'a.safetensors')
+    assert 'twice' in refusal(folder)
+    index.unlink()
+    save_file({**whole, 'transformer.wpe.weight': other['wpe.weight']}, folder / 'model.safetensors')
+    assert 'wpe.weight twice' in refusal(folder)
+
+
+def test_a_head_of_its_own(tmp_path):
+    source, sound = tmp_path / 'x', hub_base(tmp_path / 'x')
+    whole = load_file(file := source / 'm.safetensors')
+    table = whole['wte.weight']
+    for head, fits in (
+        (table.clone(), True),
+        (table + 1e-6, False),
+        (table[:-1], False),
+        (torch.full_like(table, torch.nan), False),
+    ):
+        for name in ('lm_head.weight', 'transformer.lm_head.weight'):
+            save_file({**whole, name: head.clone()}, file)
+            if fits:
+                assert is_base(source, sound)
+            else:
+                assert 'lm_head.weight of the base is not its wte.weight: expected tied embeddings' in refusal(source)
+
+
+@pytest.mark.parametrize('field', ['vocab_size', 'n_positions', 'n_layer', 'n_head', 'n_embd', 'layer_norm_epsilon'])
+def test_every_field_of_a_config_is_checked(field, tmp_path):
+    """In the Hub's config.json and in our own metadata."""
+    source, tensors = tmp_path / 'x', hub_base(tmp_path / 'x')
+    file, config = source / 'config.json', json.loads((source / 'config.json').read_text())
+    own = asdict(GPTConfig(50, 16, 1, 2, 8))
+    values = [0, -1, None, True, False, '8', '', [8], {}, math.nan, math.inf, -math.inf, 10**9, 10**400]
+    values += [] if field == 'layer_norm_epsilon' else [2.0, 2**63]
+    values += [3] if field == 'n_head' else []
+    for value in values:
+        file.write_text(json.dumps({**config, field: value}))
+        assert (
+            'config.json: n_embd=8 is no multiple of n_head=3' in (said := refusal(source)) or f'config.json: {field}=' in said
+        )
+        save_file(tensors, tmp_path / 'own.safetensors', {'gpt_config': json.dumps({**own, field: value})})
+        assert f'gpt_config in {tmp_path}' in refusal(tmp_path / 'own.safetensors')
+    short = {name: value for name, value in own.items() if name != field}
+    for text, message in {
+        **dict.fromkeys((json.dumps(short), json.dumps({**own, 'new': 1}), '{}'), 'write the file again with save_gpt'),
+        **dict.fromkeys(('', '{', '[]', 'null', '3', '"x"', '[' * 100000), 'own.safetensors has no JSON object'),
+    }.items():
+        save_file(tensors, tmp_path / 'own.safetensors', {'gpt_config': text})
+        assert message in refusal(tmp_path / 'own.safetensors')
+    for text in ('', '{', '[]', 'null', '3', '\udcff', '[' * 100000, '{"n_layer": ' + '9' * 5000 + '}'):
+        file.write_bytes(text.encode(errors='surrogateescape'))
+        assert 'config.json has no JSON object' in refusal(source)
+    file.unlink()
+    assert 'config.json has no JSON object {...}: No such file or directory' in refusal(source)
+
+
+LFS = b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105171\n'
+NO_WEIGHTS = {  # a file's bytes: what is said of them
+    LFS: 'it is a Git LFS pointer, and `git lfs pull` gets the file itself',
+    b'<!DOCTYPE html>\n<title>404</title>': "text that begins with '<!DOCTYPE html>",
+    b'\xef\xbb\xbf<html>': 'maybe of a failed download: get it again',
+    b'Entry not found': "text that begins with 'Entry not found'",
+    b'': 'it is empty, cut short, damaged',
+    b'GGUF\3\0\0\0\0\0': 'or of another format',
+    b'\x89HDF\r\n\x1a\n\0\0': 'or of another format',
+    b'\xff' * 100: 'it is empty, cut short, damaged or of another format: copy or download it again',
+    b'\x10\0\0\0\0\0\0\0' + b'{"a": [' + b' ' * 9: 'cut short, damaged',
+}
+
+
+def test_what_is_no_file_of_weights(tmp_path):
+    """In the base's place and in an adapter's; as a file and as the folder around it."""
+    (tmp_path / 'adapter_config.json').write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 16}')
+    hub_like(tmp_path / 'x')
+    whole = (tmp_path / 'x' / 'm.safetensors').read_bytes()
+    for raw, message in {**NO_WEIGHTS, whole[:-1]: 'cut short', whole[:100]: 'cut short'}.items():
+        for name in ('model.safetensors', 'adapter_model.safetensors'):
+            (tmp_path / name).write_bytes(raw)
+        assert message in refusal(tmp_path) and message in refusal(tmp_path / 'model.safetensors')
+        with pytest.raises(ValueError, match='cannot be read as model weights') as error:
+            read_peft(tmp_path, {}, 16)
+        assert message in str(error.value)
+        (tmp_path / 'adapter_config.json').write_bytes(raw)
+        with pytest.raises(ValueError, match='adapter_config.json has no JSON object'):
+            read_peft(tmp_path, {}, 16)
+        (tmp_path / 'adapter_config.json').write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 16}')
+    torch.save({'model': {'wte.weight': torch.ones(2)}, 'iter_num': 3}, tmp_path / 'ckpt.pt')
+    torch.save({'wte.weight': torch.ones(2)}, tmp_path / 'plain.pth')
+    for name in ('model.onnx', 'model.gguf', 'tf_model.h5', 'old.ckpt'):
+        (tmp_path / name).write_bytes(b'\x08\7\0\0' * 20)
+    for name in ('ckpt.pt', 'plain.pth', 'model.onnx', 'model.gguf', 'tf_model.h5', 'old.ckpt'):
+        assert 'not tensors alone in a format that is read: write it with save_pretrained' in refusal(tmp_path / name)
+    (tmp_path / 'model.safetensors').unlink()
+    (tmp_path / 'adapter_model.safetensors').unlink()
+    meta, sparse = torch.ones(2, device='meta'), torch.ones(2, 2).to_sparse()
+    (tmp_path / 'ckpt.pt').rename(tmp_path / 'pytorch_model.bin')
+    assert 'not tensors alone' in refusal(tmp_path)
+    for odd in ([torch.ones(2)], torch.ones(2), {3: torch.ones(2)}, {'wte.weight': meta}, {'wte.weight': sparse}, {'a': None}):
+        torch.save(odd, tmp_path / 'pytorch_model.bin')
+        assert 'not tensors alone' in refusal(tmp_path)
+    (tmp_path / 'model.safetensors').mkdir()
+    assert 'model.safetensors cannot be read as model weights: Is a directory' in refusal(tmp_path)
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    (tmp_path / 'model.safetensors').write_bytes(b'x')
+    monkeypatch.setattr('builtins.open', raiser(PermissionError(13, 'Permission denied')))
+    assert 'Permission denied, expected a file that can be read' in model_file.what_it_is(tmp_path / 'model.safetensors')
+
+
+def test_an_adapter_in_the_bases_place_and_the_other_way_round(tmp_path):
+    names = [
+        'base_model.model.transformer.h.0.mlp.c_fc.lora_A.weight',
+        'h.0.mlp.generalists.0.c_fc.A',
+        'h.0.attn.c_attn.lora.A',
+    ]
+    for name in (*names, 'adapter/h.0.mlp.specialists.1.c_fc.B'):
+        save_file({name: torch.ones(2, 2)}, tmp_path / 'adapter_model.safetensors')
+        for source in (tmp_path, tmp_path / 'adapter_model.safetensors'):
+            assert 'adapter_model.safetensors is an adapter: expected its base' in refusal(source)
+    for place in (tmp_path, tmp_path / 'adapter_model.safetensors', hub_like(tmp_path / 'x'), tmp_path / 'nowhere'):
+        with pytest.raises(ValueError, match='is no PEFT adapter: expected a folder with adapter_config.json'):
+            read_peft(Path(place), {}, 16)
+
+
+def test_numbers_of_a_base(tmp_path):
+    """Whatever float32 holds is taken, as before; nothing that is not finite or not floating."""
+    sound, source, file = hub_base(tmp_path / 'x'), tmp_path / 'x', tmp_path / 'x' / 'm.safetensors'
+    whole = load_file(file)
+    for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
+        save_file({name: t.to(dtype) for name, t in whole.items()}, file)
+        assert is_base(source, {name: t.to(dtype).float() for name, t in sound.items()})
+    table = whole['wte.weight']
+    one = torch.zeros_like(table, dtype=torch.float64)
+    one[3, 4] = 1
+    bad = [one.int(), one.long(), one.bool(), one.to(torch.uint8), one.to(torch.complex64)]
+    bad += [table.where(one == 0, x) for x in (math.nan, math.inf, -math.inf)] + [one * 1e300]
+    bad += [one.float().mul(math.nan).to(torch.float8_e4m3fn), one.mul(math.inf).half()]
+    for t in bad:
+        save_file({**whole, 'wte.weight': t}, file)
+        assert f'wte.weight ({t.dtype}) must be of floating point, and all finite' in refusal(source)
+    own = {'gpt_config': json.dumps(asdict(GPTConfig(50, 16, 1, 2, 8)))}
+    save_file({**sound, 'h.0.ln_1.bias': torch.full((8,), math.nan)}, tmp_path / 'own.safetensors', own)
+    assert 'h.0.ln_1.bias' in refusal(tmp_path / 'own.safetensors')
+    save_file({**whole, 'h.0.attn.bias': torch.ones(1, 1, 16, 16).bool()}, file)  # the Hub's mask is no weight
+    assert is_base(source, sound)
 
 
 def test_unreadable_files_are_refused_and_run_no_code(tmp_path):

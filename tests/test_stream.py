@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import user_streams, write_dataset
 
-from data.stream import SPLITS, Texts, get_batch, overlap
+from data.stream import SPLITS, VOCABULARIES, Texts, check_lengths, encoding, get_batch, overlap
 
 
 def test_a_user_at_a_time_is_what_was_written(tmp_path):
@@ -89,6 +89,28 @@ def test_what_the_base_needs(block_size, vocab_size, words, tmp_path):
     Texts(folder, 149, 257 + 127)
     with pytest.raises(ValueError, match=words):
         Texts(folder, block_size, vocab_size)
+
+
+def test_advice_about_vocabularies_is_given_where_it_helps(tmp_path):
+    folder = write_dataset(tmp_path / 'data', [user_streams(0, 300)])
+    for vocab_size, advice in (
+        (50257, '50257: prepare with --tokenizer=gpt2, or choose a base of 257 tokens with --init_from'),
+        (50304, '50304: prepare with --tokenizer=gpt2, or choose a base of 257 tokens'),
+        (21128, '21128: no tokenizer here fits it, choose a base of 257 tokens with --init_from'),
+        (256, '256: no tokenizer here fits it'),
+        (50257 + 128, 'no tokenizer here fits it'),
+    ):
+        with pytest.raises(ValueError) as error:
+            Texts(folder, 16, vocab_size)
+        assert advice in str(error.value)
+    meta = json.loads((folder / 'meta.json').read_text())
+    (folder / 'meta.json').write_text(json.dumps({**meta, 'vocab_size': 300}))  # an odd one: its own tokenizer helps
+    with pytest.raises(ValueError, match='--tokenizer=bytes, or choose a base of 300'):
+        Texts(folder, 16, 257)
+    assert [*VOCABULARIES] == ['bytes', 'gpt2'] and VOCABULARIES['bytes'] == encoding('bytes').n_vocab
+    for n, advice in ((150, 'prepare more text or train with a lower --block_size'), (1, 'prepare more text')):
+        with pytest.raises(ValueError, match=f'{advice}$'):
+            check_lengths({split: np.zeros(n) for split in SPLITS}, 0, 150)
 
 
 def test_memory_of_checking_does_not_grow_with_the_users(tmp_path):

@@ -143,9 +143,9 @@ def source_of(args: argparse.Namespace, c: SimpleNamespace) -> str:
     if c.aggregate == 'flora':
         source = str(args.run / 'adapters' / 'base.safetensors')
         if args.base or not Path(source).exists():
+            fix = 'leave --base out' if args.base else 'let it finish, or continue it with --resume'
             raise ValueError(
-                f'{args.run} merges into a base of its own and saves it as {source} when it has finished: '
-                'wait for that, and leave --base out'
+                f'{args.run} merges into a base of its own, which it saves as {source} when it has finished: {fix}'
             )
     if source not in HUB and args.dir.resolve() == Path(source).resolve():
         raise ValueError(f'{args.dir} is the base itself: give another folder')

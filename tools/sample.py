@@ -25,7 +25,7 @@ from tiktoken import Encoding
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import die, parser
-from data.stream import encoding, load_text
+from data.stream import VOCABULARIES, encoding, load_text
 from eval import open_base, open_run
 from model import GPT, autocast
 
@@ -89,7 +89,7 @@ def find(who: str, models: dict[str, GPT], names: dict[str, str]) -> str:
 
 def tokenizer_of(base: GPT) -> Encoding:
     V = base.config.vocab_size
-    for name, n in (('bytes', 257), ('gpt2', 50257)):
+    for name, n in VOCABULARIES.items():
         if 0 <= V - n < 128:  # bases pad their vocabulary, e.g. 50257 -> 50304
             return encoding(name)
     die(f'the base has a vocabulary of {V} tokens: expected 257 (bytes) or 50257 (gpt2), or up to 127 more')
