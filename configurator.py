@@ -44,7 +44,10 @@ def configure(argv: list[str], doc: str = '') -> SimpleNamespace:
             continue
         if arg.startswith('--'):
             key, equals, text = arg[2:].partition('=')  # only the first '=' separates
-            given[known(key, SWITCHES, 'switch', '--')] = literal(text) if equals else True
+            usual = SWITCHES[known(key, SWITCHES, 'switch', '--')]
+            if not equals and type(usual) is str:
+                die(f'--{key}: expected a text, such as --{key}={usual or "TEXT"}')
+            given[key] = literal(text, usual) if equals else True
         else:
             for key, value in read_file(arg).items():
                 given[known(key, SWITCHES, f'switch in {arg}')] = value
@@ -107,10 +110,10 @@ def known(name: str, names: dict, what: str, dashes: str = '') -> str:
     return name
 
 
-def literal(text: str) -> object:
-    """The text of --key=text as a Python value; what is no literal is a string."""
+def literal(text: str, default: object) -> object:
+    """The text of --key=text as a Python value; as it was typed if the default is a text, or if it is no literal."""
     try:
-        return ast.literal_eval(text)
+        return text if type(default) is str else ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
 

@@ -14,6 +14,9 @@ def settle(argv: list[str], N: int, n_positions: int):
 
 
 # ---- what is taken ---------------------------------------------------------------------------------------------------
+TYPED = ['7', '2024_01', '1e3', '007', 'None', 'True', "'x'", '"x"', '[1,2]', '(1)', '{}', ' x ', '0x10', '-', '#1', "b'x'"]
+
+
 @pytest.mark.parametrize(
     'argv, expected',
     [
@@ -29,7 +32,7 @@ def settle(argv: list[str], N: int, n_positions: int):
         (['--expert_lr=1'], dict(expert_lr=1.0)),  # an int stands for a float
         (['--expert_lr=1e-4'], dict(expert_lr=1e-4)),
         (['--out_dir=a=b'], dict(out_dir='a=b')),  # '=' inside a value
-        (['--out_dir=7'], dict(out_dir='7')),
+        *(([f'--{k}={text}'], {k: text}) for k in ('out_dir', 'dataset', 'init_from') for text in TYPED),
         (['--public_text='], dict(public_text='')),
         (['--resume=False'], dict(resume=False)),
         (['--resume'], dict(resume=True)),
@@ -173,7 +176,9 @@ def test_what_replaces_switches_of_before(capsys, tmp_path):
         (['--expert_lr=1e999'], 'expected a finite number'),
         (['--resume=maybe'], 'expected bool, such as False'),
         (['--rounds'], '--rounds=True: expected int'),
-        (['--out_dir=[1,2]'], 'expected str'),
+        (['--method=[1]'], 'unknown method [1]; known: pretrained'),
+        (['--out_dir'], '--out_dir: expected a text, such as --out_dir=out/run'),
+        (['--public_text'], '--public_text: expected a text, such as --public_text=TEXT'),
         (['rounds=3'], 'neither a config file (*.py) nor a switch'),
         (['notes.txt'], 'neither a config file'),
         (['missing.py'], 'cannot read the config file missing.py'),
@@ -188,6 +193,8 @@ def test_bad(argv, message, capsys):
     [
         ('ronuds = 3', 'did you mean rounds?'),
         ('rounds = "3"', "--rounds='3': expected int"),
+        ('out_dir = [1, 2]', '--out_dir=[1, 2]: expected str'),
+        ('dataset = None', '--dataset=None: expected str'),
         ('rounds = ', 'does not run: SyntaxError'),
         ('rounds = 1 / 0', 'does not run: ZeroDivisionError'),
         ('import math\nrounds = 3', 'unknown switch in'),

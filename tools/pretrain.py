@@ -50,7 +50,7 @@ def read_options(argv: list[str]) -> SimpleNamespace:
         flag = {'nargs': '?', 'const': 'True'} if type(default) is bool else {}
         options.add_argument(f'--{name}', default=default, help=f'{what} (default: {default})', **flag)
     given = vars(options.parse_args(argv))
-    values = {name: literal(value) if type(value) is str else value for name, value in given.items()}
+    values = {name: literal(value, SWITCHES[name][0]) if type(value) is str else value for name, value in given.items()}
     c = SimpleNamespace(**{name: checked(name, values[name], default, False) for name, (default, _) in SWITCHES.items()})
     if Path(c.out).exists() and not c.overwrite:
         die(f'{c.out} exists: give --overwrite or another --out')
