@@ -21,7 +21,7 @@ from typing import NoReturn
 import numpy as np
 
 from config import default
-from config.default import COLUMNS, FIT, GONE, LEGAL, METHODS, MUST, PER_USER
+from config.default import COLUMNS, FIT, GONE, LEGAL, METHODS, MUST, PATHS, PER_USER
 
 SWITCHES = {k: v for k, v in vars(default).items() if k.islower() and not k.startswith('_')}
 
@@ -132,7 +132,12 @@ def checked(key: str, value: object, default: object, per_user: bool) -> object:
         die(f'--{key}={value!r}: expected {want.__name__}, such as {example}')
     if want is float and not math.isfinite(value):
         die(f'--{key}={value!r}: expected a finite number')
-    return value
+    return home(value) if key in PATHS else value
+
+
+def home(path: str) -> str:
+    """The path with ~ and ~user spelt out, which a shell does not do after `=`; what is nobody's home stays as it is."""
+    return os.path.expanduser(path)
 
 
 def read_file(file: str) -> dict:
@@ -179,9 +184,10 @@ def list_methods() -> str:
 
 # ---- what other commands share -------------------------------------------------------------------------------------
 def parser(doc: str) -> argparse.ArgumentParser:
-    """Of a command in tools/ or data/: its docstring is its manual, bad input is one line."""
+    """Of a command in tools/ or data/: its docstring is its manual, bad input is one line, ~ in a Path is the home folder."""
     made = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.error = die
+    made.register('type', Path, lambda text: Path(home(text)))
     return made
 
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from configurator import die, mean, parser, table
+from configurator import die, home, mean, parser, table
 from data.stream import Texts
 from federate import ONE_MODEL, Tensors
 from lora_moe import add_lora, roles, shape_of
@@ -182,7 +182,7 @@ def main(argv: list[str]) -> None:
     options = parser(__doc__)
     options.add_argument('runs', nargs='+', type=Path, metavar='RUN', help='folder of a run (its --out_dir)')
     options.add_argument('--target', help="own, mixture, or both: own,mixture (default: the run's own)")
-    options.add_argument('--init_from', help="the base model, if it is no longer where the run's configuration says")
+    options.add_argument('--init_from', type=home, help="the base model, if it is no longer where the run's configuration says")
     options.add_argument('--device', help='cpu, cuda, cuda:N, mps (default: as the run)')
     args = options.parse_args(argv)
     try:

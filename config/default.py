@@ -66,6 +66,7 @@ dtype = 'auto'                  # auto (bfloat16 autocast on CUDA, else float32)
 compile = False                 # torch.compile of the training loss: 1 to 2 minutes at the start, then faster steps
 
 PER_USER = ('n_experts', 'lora_rank')  # also take a tuple, an entry per user
+PATHS = ('dataset', 'init_from', 'init_adapter', 'out_dir', 'public_text')  # ~ is the home folder
 
 # (experts, generalists, attention shared, router, trained on, combined by, rank), the paper's table, what it is, other switches
 COLUMNS = ('n_experts', 'n_generalists', 'share_attention', 'router', 'router_data', 'aggregate', 'lora_rank')

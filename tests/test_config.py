@@ -1,12 +1,13 @@
 """configurator.py and config/default.py: what a command line may say, one line for what it may not, and the tables of both."""
 
 import re
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, refused
 
-from config.default import COLUMNS, FIT, GONE, LEGAL, METHODS, MUST, PER_USER
-from configurator import SWITCHES, configure, die, fit, list_methods, parser, table
+from config.default import COLUMNS, FIT, GONE, LEGAL, METHODS, MUST, PATHS, PER_USER
+from configurator import SWITCHES, checked, configure, die, fit, home, list_methods, parser, table
 
 
 def settle(argv: list[str], N: int, n_positions: int):
@@ -66,6 +67,34 @@ def test_the_shipped_files_load():
 def test_what_a_fit_makes_of_it():
     c = settle(['--n_experts=3,1,2'], N=3, n_positions=128)
     assert c.n_experts == (3, 1, 2) and c.lora_rank == (8, 8, 8)
+
+
+def test_home_is_spelt_out(monkeypatch, tmp_path):
+    """In every switch that is a path, from the command line and from files, and in every path of a command in tools/."""
+    monkeypatch.setenv('HOME', '/home/me')
+    (tmp_path / 'c.py').write_text('dataset = "~/text"\nout_dir = "~"')
+    c = configure([str(tmp_path / 'c.py'), '--init_from=~/base', '--aggregate=consensus', '--n_generalists=0',
+                   '--share_attention=False', '--public_text=~/all.txt'])  # fmt: skip
+    assert (c.dataset, c.out_dir, c.init_from, c.public_text) == (
+        '/home/me/text',
+        '/home/me',
+        '/home/me/base',
+        '/home/me/all.txt',
+    )
+    assert configure(['--init_adapter=~/peft']).init_adapter == '/home/me/peft'
+    for text in ('~nobody-of-that-name/x', 'a~', './~', 'a/~/b'):
+        assert configure([f'--out_dir={text}']).out_dir == text
+    for key, value in SWITCHES.items():
+        if type(value) is str and key not in PATHS:
+            assert checked(key, '~', value, False) == '~'
+    options = parser('')
+    options.add_argument('run', type=Path)
+    options.add_argument('--base', type=home)
+    given = options.parse_args(['~/run', '--base=~/base'])
+    assert (given.run, given.base) == (Path('/home/me/run'), '/home/me/base')
+    for file in (ROOT / 'eval.py', *(ROOT / 'tools').glob('*.py')):
+        for line in re.findall(r"add(?:_argument)?\('(?:--)?(?:run|runs|dir|given|out|base|init_from)'.*", file.read_text()):
+            assert 'type=Path' in line or 'type=home' in line, (file.name, line)
 
 
 # ---- the tables of config/default.py ---------------------------------------------------------------------------------

@@ -48,6 +48,12 @@ def test_bad_options_are_one_line(tiny, tmp_path, capsys, args, message):
     assert message in refused(capsys, pretrain.main, given) and not (tmp_path / 'x.safetensors').exists()
 
 
+def test_a_text_is_taken_as_it_is_typed(monkeypatch):
+    monkeypatch.setenv('HOME', '/home/me')
+    c = pretrain.read_options(['--out=2024_01', '--dataset=~/text', '--lr=1'])
+    assert (c.out, c.dataset, c.lr) == ('2024_01', '/home/me/text', 1.0)
+
+
 def test_the_optimizer_and_the_draws_are_those_of_the_shipped_base():
     """What its note says: the defaults make it again."""
     note = json.loads((ROOT / 'assets' / 'base-tiny.json').read_text())

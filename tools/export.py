@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import cell, die, parser
+from configurator import cell, die, home, parser
 from eval import open_base, read_run
 from federate import Tensors, pairs
 from lora_moe import scaling
@@ -196,7 +196,7 @@ def main(argv: list[str]) -> None:
     options.add_argument('dir', type=Path, metavar='DIR', help='folder to write')
     options.add_argument('--user', help="a user's number or name, or generalist: the server's tensors alone")
     options.add_argument('--to', choices=('peft', 'merged', 'base'), default='peft', help='what to write (default: peft)')
-    options.add_argument('--base', help="where the base is now (default: the run's init_from)")
+    options.add_argument('--base', type=home, help="where the base is now (default: the run's init_from)")
     options.add_argument('--overwrite', action='store_true', help='replace an earlier export in DIR')
     args = options.parse_args(argv)
     try:

@@ -23,7 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import die, parser
+from configurator import die, home, parser
 
 # Okabe and Ito's colours, told apart by the colour-blind (grey for their yellow, which is none on paper); markers say it again
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#888888', '#000000')
@@ -358,16 +358,16 @@ def run(folder: str | Path) -> list[Path]:
 def main(argv: list[str]) -> None:
     options = parser(__doc__)
     options.add_argument('kind', choices=PICTURES, help='run: the run itself')
-    options.add_argument('given', nargs='+', metavar='RUN', help='folders of runs; of fig2, data sets under data/')
-    options.add_argument('--out', metavar='FILE.png', help='where the picture goes')
+    options.add_argument('given', nargs='+', type=home, metavar='RUN', help='folders of runs; of fig2, data sets under data/')
+    options.add_argument('--out', type=home, metavar='FILE.png', help='where the picture goes')
     args = options.parse_args(argv)
     if args.kind == 'run' and not args.out:
         for folder in args.given:
             read_all([folder])  # before the first is drawn
         files = [file for folder in args.given for file in run(folder)]
     else:
-        home = args.given[0] if args.kind == 'trust' else 'out'
-        files = draw(args.kind, args.given, Path(args.out or f'{home}/{args.kind}.png'))
+        folder = args.given[0] if args.kind == 'trust' else 'out'
+        files = draw(args.kind, args.given, Path(args.out or f'{folder}/{args.kind}.png'))
     print(*files, sep='\n')
 
 

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import checked, die, literal, parser
+from configurator import checked, die, home, literal, parser
 from data.stream import Texts, get_batch
 from model import GPT, GPTConfig, autocast, evaluate, save_gpt
 
@@ -47,7 +47,7 @@ SWITCHES = {
 def read_options(argv: list[str]) -> SimpleNamespace:
     options = parser(__doc__)
     for name, (default, what) in SWITCHES.items():
-        flag = {'nargs': '?', 'const': 'True'} if type(default) is bool else {}
+        flag = {'nargs': '?', 'const': 'True'} if type(default) is bool else {'type': home}
         options.add_argument(f'--{name}', default=default, help=f'{what} (default: {default})', **flag)
     given = vars(options.parse_args(argv))
     values = {name: literal(value, SWITCHES[name][0]) if type(value) is str else value for name, value in given.items()}

@@ -24,7 +24,7 @@ import torch
 from tiktoken import Encoding
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import die, parser
+from configurator import die, home, parser
 from data.stream import encoding, load_text
 from eval import open_base, open_run
 from model import GPT, autocast
@@ -45,7 +45,7 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     add('--samples', type=int, default=1, help='of each prompt')
     add('--seed', type=int, default=1)
     add('--compare', action='store_true', help=f'base, generalist and every user (the first {MOST} if --user names none)')
-    add('--init_from', help="the base model: without RUN, or if it is no longer where the run's configuration says")
+    add('--init_from', type=home, help="the base model: without RUN, or if it is no longer where the run's configuration says")
     add('--device', help='cpu, cuda, cuda:N, mps (default: as the run; cpu without)')
     args = options.parse_args(argv)
     if not args.run and not args.init_from:
@@ -98,7 +98,7 @@ def tokenizer_of(base: GPT) -> Encoding:
 def read_prompt(prompt: str, enc: Encoding, n_positions: int) -> tuple[str, list[int]]:
     """(text, tokens) of a prompt, or of a file if it reads FILE:path: the last n_positions tokens. An empty one is the start
     of a document: what follows end-of-text for GPT-2; what follows a newline for bytes, where no such token separates them."""
-    file = prompt[5:] if prompt.startswith('FILE:') else None
+    file = home(prompt[5:]) if prompt.startswith('FILE:') else None
     ids = enc.encode_ordinary(prompt) if file is None else load_text(file, enc.name).tolist()
     if len(ids) > n_positions:
         print(f'sample.py: a prompt of {len(ids)} tokens: the model sees the last {n_positions}', file=sys.stderr)
