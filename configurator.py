@@ -9,7 +9,6 @@ import argparse
 import ast
 import difflib
 import io
-import math
 import os
 import re
 import sys
@@ -121,6 +120,8 @@ def literal(text: str, default: object) -> object:
 def checked(key: str, value: object, default: object, per_user: bool) -> object:
     """value in its default's type, or death."""
     want, number = type(default), type(value) in (int, float)
+    if number and not abs(value) < 1e300:  # infinite, NaN, or an int that is no float
+        die(f'--{key}: expected a finite number, and one below 1e300')
     if per_user and type(value) in (tuple, list):
         return tuple(checked(key, entry, default, False) for entry in value)
     if want is float and number:
@@ -130,8 +131,6 @@ def checked(key: str, value: object, default: object, per_user: bool) -> object:
     if type(value) is not want:
         example = f'{default!r}' + (f' or one value per user, such as {default},{default}' if per_user else '')
         die(f'--{key}={value!r}: expected {want.__name__}, such as {example}')
-    if want is float and not math.isfinite(value):
-        die(f'--{key}={value!r}: expected a finite number')
     return home(value) if key in PATHS else value
 
 

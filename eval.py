@@ -20,7 +20,7 @@ from configurator import die, home, mean, parser, table
 from data.stream import Texts
 from federate import ONE_MODEL, Tensors
 from lora_moe import add_lora, roles, shape_of
-from model import GPT, autocast, evaluate, fast_fp32, fingerprint, load_gpt, store_in_bf16
+from model import GPT, autocast, evaluate, fast_fp32, fingerprint, load_gpt, store_in_bf16, usable
 from run import checkpoint
 
 
@@ -88,8 +88,8 @@ def open_base(source: str, device: str, dtype: str, sha256: str | None = None) -
     """The frozen base on its device, as training has it. Raises ValueError or OSError, one line; also for another SHA-256."""
     base = load_gpt(source).requires_grad_(False)
     try:
-        base.to(device)
-    except (RuntimeError, AssertionError) as error:
+        base.to(usable(device))
+    except RuntimeError as error:  # such as a GPU whose memory is full
         raise ValueError(f'cannot use the device {device} ({str(error).splitlines()[0]}): give --device=cpu') from None
     if sha256 and fingerprint(base) != sha256:
         raise ValueError(f'{source} is not the base that the run was trained on (SHA-256 differs)')

@@ -106,14 +106,17 @@ LEGAL = {
     'routing_unit': ('token', 'prefix', 'sequence'),
     'trust': ('weights', 'validation', 'predictions'),
     'dtype': ('auto', 'float32', 'bfloat16'),
-    'local_steps router_every router_steps batch_size micro_batch_size block_size eval_every judge_windows top_k':
-        '0 < x < 1e9',
-    'rounds n_generalists ghost_noise prune_coef consensus_coef consensus_start test_users': '0 <= x < 1e9',
-    'lora_alpha expert_lr router_lr trust_temperature': 'x > 0',
+    'local_steps router_every router_steps micro_batch_size block_size eval_every judge_windows top_k lora_alpha expert_lr '
+    'router_lr': '0 < x < 1e9',
+    'rounds n_generalists prune_coef consensus_coef consensus_start test_users lb_coef weight_decay': '0 <= x < 1e9',
+    'batch_size': '0 < x <= 65536',
+    'ghost_noise': '0 <= x <= 65536',
+    'trust_temperature': 'x > 0',
     'seed clip_norm attackers': 'x >= 0',
     'participation prune_gamma': '0 < x <= 1',
     'failures': '0 <= x <= 1',
     'trim': '0 <= x < 0.5',
+    'dataset init_from out_dir': "x != ''",
 }
 # ---- between switches: a condition that must hold, and why
 MUST = {
@@ -140,7 +143,7 @@ MUST = {
 # ---- the same, once the data set and the base are known: N users, n_positions; n_experts and lora_rank have an entry per user
 FIT = {
     'block_size <= n_positions': 'the base has no more positions',
-    'test_users <= N': 'there are no more users',
+    'test_users <= N': 'N is the number of users of the data set, and no more can be tested',
     'n_generalists <= min(n_experts)': 'every user holds all the generalists',
     "aggregate not in ('hetlora', 'flexlora', 'flora') or max(n_experts) == 1":
         'it has one expert per user, whose rank may differ: give --n_experts=1 and --lora_rank=16,8,...',

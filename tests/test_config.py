@@ -121,17 +121,85 @@ def test_every_row_of_LEGAL_is_enforced(name, legal, capsys):
         assert default in legal
         assert f'--{name}=nonsense: expected one of {", ".join(legal)}' in refused(capsys, configure, [f'--{name}=nonsense'])
         return
-    outside = [x for x in map(type(default), (-1, 0, 0.5, 2, 1e9)) if not eval(legal, {'x': x})]
+    some = [''] if type(default) is str else map(type(default), (-1, 0, 0.5, 2, 1e9))
+    outside = [x for x in some if not eval(legal, {'x': x})]
     assert outside and eval(legal, {'x': default})
     for x in outside:
         assert f'--{name}={x}: expected {legal.replace("x", name)}' in refused(capsys, configure, [f'--{name}={x}'])
 
 
-def test_every_number_is_in_one_row():
-    """All but two, which may be any number; n_experts and lora_rank are looked at by `fit`."""
-    numbers = {name for name, value in SWITCHES.items() if type(value) in (int, float)}
+ELSEWHERE = {  # switches that are neither in LEGAL nor True or False: what looks at them
+    'method': 'configure, in METHODS',
+    **dict.fromkeys(PER_USER, 'fit, for every user'),
+    'attack': 'a row of MUST',
+    'init_adapter': "'' is none; run/adapter.py reads the folder",
+    'public_text': "'' is none; data/stream.py reads the file",
+    'device': 'model.usable, which asks the machine',
+}
+
+
+def test_every_switch_is_looked_at():
     ruled = [name for name, _ in RULED]
-    assert len(ruled) == len(set(ruled)) and numbers - {*ruled} <= {*PER_USER, 'lb_coef', 'weight_decay'}
+    assert len(ruled) == len(set(ruled)) and not {*ruled} & ELSEWHERE.keys()
+    assert SWITCHES.keys() - {*ruled} - ELSEWHERE.keys() == {k for k, v in SWITCHES.items() if type(v) is bool}
+
+
+EXTREME = [
+    '',
+    '-1',
+    '-0.1',
+    '0',
+    '0.0',
+    '1e-320',
+    '1e299',
+    '-1e299',
+    '1e300',
+    '1e999',
+    'nan',
+    '-inf',
+    '9' * 400,
+    '0x' + 'f' * 5000,
+]
+EXTREME += ['None', '()', '[]', '{}', '[nan]', '1j', 'x' * 300, '...', '-', '=', '/dev/null', '\u5f20', '0' * 5000]
+
+
+@pytest.mark.parametrize('name', SWITCHES)
+def test_extreme_values_are_taken_or_refused_in_one_line(name, capsys):
+    for text in EXTREME:
+        try:
+            settle([f'--{name}={text}', '--block_size=16'] if name != 'block_size' else [f'--{name}={text}'], 3, 32)
+        except SystemExit as end:
+            err = capsys.readouterr().err
+            assert end.code == 2 and err.count('\n') == 1 and name in err, (text, err)
+
+
+def test_what_is_legal_runs(train, capsys):
+    """The largest and the least legal values of all numbers at once: a result, or one line about a loss that is no number."""
+    longer = (
+        'rounds',
+        'local_steps',
+        'router_every',
+        'router_steps',
+        'block_size',
+        'batch_size',
+        'n_generalists',
+        'test_users',
+    )
+    most, least = {}, {}
+    for name, legal in RULED:
+        if type(SWITCHES[name]) in (int, float) and name not in longer:
+            values = [
+                x for x in map(type(SWITCHES[name]), (0, 1, 1e-300, 0.4, 65536, 999999999, 1e298)) if eval(legal, {'x': x})
+            ]
+            most[name], least[name] = max(values), min(values)
+    assert {most['weight_decay'], most['expert_lr']} == {999999999} and least['router_lr'] == 1e-300 and least['lb_coef'] == 0
+    for values in (most, least, most | {'expert_lr': 1e-3, 'weight_decay': 0.0, 'lora_alpha': 16.0, 'lb_coef': 0.0}):
+        values = {**values, 'failures': 0.0, 'participation': 1.0, 'rounds': 2, 'local_steps': 1, 'router_every': 1}
+        try:
+            train(*(f'--{name}={value}' for name, value in values.items()), '--batch_size=2', '--method=pcl', '--clip_norm=0',
+                  '--router=learned', '--overwrite', '--quiet')  # fmt: skip
+        except SystemExit as end:
+            assert 'the training loss is' in end.code, end.code
 
 
 BROKEN = [  # an example for every row of MUST, in their order

@@ -38,6 +38,7 @@ def test_a_base_learns_and_says_how_it_was_made(tiny, tmp_path, capsys):
         (['--dataset=nowhere'], 'nowhere'),
         (['--steps=many'], 'expected int, such as 20000'),
         (['--bf16=perhaps'], 'expected bool'),
+        (['--device=meta'], 'cannot use the device meta'),
         (['--n_head=3'], 'n_embd 16 must be a multiple of n_head 3'),
         (['--n_head=0'], 'must be a multiple of n_head 0'),
         (['--step=3'], 'unrecognized arguments: --step=3'),

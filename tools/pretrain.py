@@ -22,7 +22,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import checked, die, home, literal, parser
 from data.stream import Texts, get_batch
-from model import GPT, GPTConfig, autocast, evaluate, save_gpt
+from model import GPT, GPTConfig, autocast, evaluate, save_gpt, usable
 
 SWITCHES = {
     'dataset': ('base', 'folder under data/'),
@@ -104,6 +104,7 @@ def main(argv: list[str]) -> None:
     c = read_options(argv)
     folder = Path('data', c.dataset)
     try:
+        usable(c.device)
         vocab_size = json.loads((folder / 'meta.json').read_text())['vocab_size']
         texts = Texts(folder, c.n_positions, vocab_size)
     except (OSError, ValueError, KeyError) as error:
