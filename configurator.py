@@ -5,6 +5,8 @@
 Unknown names are refused, in files as on the command line; a value must have its default's type (an int may stand for a float,
 and one number for a tuple with an entry per user). Below that, what every command prints with: a last line, a table."""
 
+import __future__
+
 import argparse
 import ast
 import difflib
@@ -14,7 +16,7 @@ import re
 import sys
 import tokenize
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import NoReturn
 
 import numpy as np
@@ -105,7 +107,8 @@ def known(name: str, names: dict, what: str, dashes: str = '') -> str:
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
         hint = f'did you mean {dashes}{near[0]}?' if near else f'known: {", ".join(names)}'
-        die(f'unknown {what} {dashes}{name!s}; {hint}')
+        own = f' (a name that is no switch begins with _: _{name})' if ' in ' in what else ''
+        die(f'unknown {what}: {dashes}{name}; {hint}{own}' if own else f'unknown {what} {dashes}{name}; {hint}')
     return name
 
 
@@ -140,17 +143,22 @@ def home(path: str) -> str:
 
 
 def read_file(file: str) -> dict:
-    """The public variables that a config file sets. A config file is Python: run only your own."""
+    """The public variables that a config file sets, without what it imports or defines. A config file is Python: run only your
+    own."""
     if not file.endswith('.py'):
         die(f'{file!r} is neither a config file (*.py) nor a switch (--name=value)')
     values = {}
     try:
-        exec(compile(Path(file).read_text(), file, 'exec'), values)
+        source = Path(file).read_bytes()  # Python finds out the encoding
     except OSError as error:
         die(f'cannot read the config file {file}: {error.strerror}')
-    except Exception as error:
+    try:
+        exec(compile(source, file, 'exec'), values)
+    except BaseException as error:  # SystemExit, too
         die(f'the config file {file} does not run: {type(error).__name__}: {error}')
-    return {k: v for k, v in values.items() if not k.startswith('_')}
+    helpers = (ModuleType, type(__future__.annotations))
+    public = {k: v for k, v in values.items() if not k.startswith('_')}
+    return {k: v for k, v in public.items() if k in SWITCHES or not (callable(v) or isinstance(v, helpers))}
 
 
 def help_text(doc: str, config: dict) -> str:

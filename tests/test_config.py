@@ -1,6 +1,7 @@
 """configurator.py and config/default.py: what a command line may say, one line for what it may not, and the tables of both."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,31 @@ def test_files_and_switches_in_a_row(tmp_path):
     assert configure([a, b]).rounds == 7 and configure([b, a]).rounds == 6
     assert configure([a, b, '--rounds=8']).rounds == configure(['--rounds=8', a]).rounds + 2 == 8
     assert configure([b]).n_experts == (4, 2)  # not the row's
+
+
+PYTHON = """from __future__ import annotations
+import time, os.path
+import tensorboard_of_nobody as wandb
+from pathlib import Path
+from math import sqrt as root, inf as _inf
+def double(n): return 2 * n
+class Mine: pass
+half = lambda n: n // 2
+_here = Path('.')
+_sizes = [_i for _i in range(3)]
+rounds = double(3) + half(2) + len(_sizes)
+"""
+
+
+def test_files_that_are_python(tmp_path, monkeypatch):
+    """What is imported or defined is no switch; the encoding is what Python says it is."""
+    monkeypatch.setitem(sys.modules, 'tensorboard_of_nobody', re)
+    file = tmp_path / 'c.py'
+    for source in (PYTHON, PYTHON.replace('\n', '\r\n'), '\ufeff' + PYTHON, 'rounds = 10  # \u5f20', ''):
+        file.write_bytes(source.encode())
+        assert vars(configure([str(file)])) == {**vars(configure([])), 'rounds': 10 if source else 20}
+    file.write_bytes('# -*- coding: latin-1 -*-\ndataset = "\xe9"'.encode('latin-1'))
+    assert configure([str(file)]).dataset == '\xe9'
 
 
 def test_the_shipped_files_load():
@@ -294,12 +320,30 @@ def test_bad(argv, message, capsys):
         ('dataset = None', '--dataset=None: expected str'),
         ('rounds = ', 'does not run: SyntaxError'),
         ('rounds = 1 / 0', 'does not run: ZeroDivisionError'),
-        ('import math\nrounds = 3', 'unknown switch in'),
+        ('for i in range(3):\n    rounds = i', 'c.py: i; known: method'),
+        ('from math import pi', 'c.py: pi; known: '),
+        ('round = 3', 'did you mean rounds? (a name that is no switch begins with _: _round)'),
+        ('rounds = max', '--rounds=<built-in function max>: expected int, such as 20'),
+        ('import math as rounds', 'expected int, such as 20'),
+        ('name = "é"'.encode('latin-1'), 'does not run: SyntaxError'),
+        (b'rounds = 3\0', 'does not run: '),
+        ('raise SystemExit', 'does not run: SystemExit'),
+        ('import sys\nsys.exit(0)', 'does not run: SystemExit: 0'),
+        ('raise KeyboardInterrupt', 'does not run: KeyboardInterrupt'),
+        ('def f():\n    f()\nf()', 'does not run: RecursionError'),
+        ('open("no such file")', 'does not run: FileNotFoundError'),
+        ('(' * 500, 'does not run: '),
+        ('x = ' + '-' * 100_000 + '1', 'does not run: '),
+        (None, 'cannot read the config file'),  # a folder
     ],
 )
 def test_bad_files(text, message, tmp_path, capsys):
-    (tmp_path / 'c.py').write_text(text)
-    assert message in refused(capsys, configure, [str(tmp_path / 'c.py')])
+    file = tmp_path / 'c.py'
+    if text is None:
+        file.mkdir()
+    else:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert message in refused(capsys, configure, [str(file)])
 
 
 def test_one_line_for_each_machine(capsys, monkeypatch):
