@@ -54,6 +54,17 @@ def read_run(run: Path, ids: list[int] | None = None) -> tuple[SimpleNamespace, 
     return c, users, checkpoint.part(tensors, 'server/') if c.aggregate in ONE_MODEL else {}
 
 
+def who_is(who: str | None, users: dict, *words: str) -> str | int:
+    """Whom --user=who means: one of the words, the user of that name, or else of that number; #1 is always user 1. users:
+    {number: name}. Returns the word or the number. Raises ValueError, one line, unless it is exactly one."""
+    named = [i for i, name in users.items() if name == who]
+    found = [who] if who in words else [i for i in users if f'#{i}' == who] or named or [i for i in users if str(i) == who]
+    if len(found) != 1:
+        known = [*words, *(f'{i} ({name})' for i, name in users.items())]
+        raise ValueError(f'--user={who}: expected one of {", ".join(known[:12])}' + ', ...' * (len(known) > 12))
+    return found[0]
+
+
 def open_run(
     run: Path, init_from: str | None = None, device: str | None = None, beside: SimpleNamespace | None = None
 ) -> SimpleNamespace:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import cell, die, home, parser
-from eval import open_base, read_run
+from eval import open_base, read_run, who_is
 from federate import Tensors, pairs
 from lora_moe import scaling
 from model import GPT, HUB, TRANSPOSED
@@ -119,17 +119,13 @@ def clear(folder: Path, overwrite: bool) -> None:
 
 # ---- what is read ----------------------------------------------------------------------------------------------------
 def tensors_of(run: Path, c: SimpleNamespace, server: Tensors, user: str | None) -> tuple[str, int | None, Tensors]:
-    """(whose they are, number of the user, tensors) for a user's number or name, or 'generalist': the server's alone."""
+    """(whose they are, number of the user, tensors) for --user of eval.who_is, or 'generalist': the server's alone."""
     names = ['all'] if c.pooled else c.users
-    if user == 'generalist':
+    i = who_is(user, dict(enumerate(names)), 'generalist')
+    if i == 'generalist':
         if not by_expert(server):
             raise ValueError(f'{run} ({c.method}) has no generalist for everybody at its server: export a user')
         return 'the generalist alone, which a newcomer gets', None, server
-    numbers = [i for i, name in enumerate(names) if user in (name, str(i))]
-    if len(numbers) != 1:
-        known = ', '.join(f'{i} ({name})' for i, name in [*enumerate(names)][:8]) + ', ...' * (len(names) > 8)
-        raise ValueError(f'--user={user}: expected generalist, or one user of {known}')
-    i = numbers[0]
     here = not (run / 'summary.json').exists() or (run / 'adapters' / f'user{i}.safetensors').exists()
     tensors = read_run(run, [i])[1][0] if here else {}
     if not tensors:
@@ -194,7 +190,7 @@ def main(argv: list[str]) -> None:
     options = parser(__doc__)
     options.add_argument('run', type=Path, metavar='RUN', help='folder of a run (its --out_dir)')
     options.add_argument('dir', type=Path, metavar='DIR', help='folder to write')
-    options.add_argument('--user', help="a user's number or name, or generalist: the server's tensors alone")
+    options.add_argument('--user', help="a user's name, number or #number, or generalist: the server's tensors alone")
     options.add_argument('--to', choices=('peft', 'merged', 'base'), default='peft', help='what to write (default: peft)')
     options.add_argument('--base', type=home, help="where the base is now (default: the run's init_from)")
     options.add_argument('--overwrite', action='store_true', help='replace an earlier export in DIR')

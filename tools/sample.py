@@ -1,7 +1,7 @@
 """Text out of a run's models, printed as it is made: a user's, the server's generalist alone, the frozen base.
 
     python tools/sample.py out/demo --user=0 --prompt="def main" --tokens=200 --temperature=0.8 --top_k=50 --seed=1
-    python tools/sample.py out/demo --user=prose --prompt=FILE:LICENSE --samples=2     # users have names, too; a whole file
+    python tools/sample.py out/demo --user=prose --prompt=FILE:LICENSE --samples=2     # by name; #1 is number 1; a whole file
     python tools/sample.py out/demo --user=generalist                                  # what a newcomer gets; or --user=base
     python tools/sample.py out/demo --compare --prompt="The " --prompt="class "        # all of them, one below the other
     python tools/sample.py out/demo --compare --user=python,3 --temperature=0          # base, generalist and these users
@@ -26,7 +26,7 @@ from tiktoken import Encoding
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import die, home, parser
 from data.stream import encoding, load_text
-from eval import open_base, open_run
+from eval import open_base, open_run, who_is
 from model import GPT, autocast
 
 RULE, MOST = '-' * 24, 8  # between texts; users that --compare shows if --user names none
@@ -37,7 +37,7 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     options = parser(__doc__)
     add = options.add_argument
     add('run', nargs='?', type=Path, metavar='RUN', help='folder of a run (its --out_dir)')
-    add('--user', metavar='WHO', help='base, generalist, a number or a name (default: the first); of --compare several: 0,2')
+    add('--user', metavar='WHO', help='base, generalist, a name or a number (default: the first); of --compare several: 0,2')
     add('--prompt', action='append', help='text, or FILE:path; may be repeated (default: the start of a document)')
     add('--tokens', type=int, default=200, help='how many to make at most')
     add('--temperature', type=float, default=0.8, help='0 takes the likeliest token')
@@ -69,22 +69,18 @@ def open_models(args: argparse.Namespace) -> tuple[dict[str, GPT], dict[str, str
 
 def pick(args: argparse.Namespace, models: dict[str, GPT], names: dict[str, str]) -> dict[str, GPT]:
     """{title: model} of those that are to write. Dies for one that is not there."""
-    whom = [args.user or [*names, 'base'][0]]
+    words, numbers = [key for key in models if key not in names], [f'#{number}' for number in names]
+    whom = [args.user or [*numbers, 'base'][0]]
     if args.compare:
-        whom = [*(key for key in models if key not in names), *(args.user.split(',') if args.user else [*names][:MOST])]
+        several = [args.user] if args.user in names.values() else args.user.split(',') if args.user else numbers[:MOST]
+        whom = [*words, *several]
         if not args.user and len(names) > MOST:
             print(f'sample.py: the first {MOST} of {len(names)} users; --user=0,3 would name others', file=sys.stderr)
-    keys = [find(who, models, names) for who in whom]
+    try:
+        keys = [who_is(who, names, *words) for who in whom]
+    except ValueError as error:
+        die(error)
     return {f'{key} {names[key]}' if key in names else key: models[key] for key in keys}
-
-
-def find(who: str, models: dict[str, GPT], names: dict[str, str]) -> str:
-    """The key in models of --user=who: base, generalist or a user's number, else a name that one user has. Dies without one."""
-    keys = [who] if who in models else [number for number, name in names.items() if name == who]
-    if len(keys) != 1:
-        known = [f'{key} ({names[key]})' if key in names else key for key in models]
-        die(f'--user={who}: expected one of {", ".join(known[:12])}{", ..." if len(known) > 12 else ""}')
-    return keys[0]
 
 
 def tokenizer_of(base: GPT) -> Encoding:
