@@ -9,6 +9,7 @@ import __future__
 
 import argparse
 import ast
+import atexit
 import difflib
 import io
 import os
@@ -34,10 +35,42 @@ def die(message: object) -> NoReturn:
     raise SystemExit(2)
 
 
+def steady_output() -> None:
+    """What every command begins with: what a terminal or a log cannot encode is written as \\u5f20, and a pipe that nobody
+    reads any more ends the command without a word, with SIGPIPE's exit status. The signal itself would end it for sockets."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):  # no notebook's
+            stream.reconfigure(errors='backslashreplace')
+            end_with_reader(stream, getattr(stream.buffer, 'raw', stream.buffer))
+
+
+def end_with_reader(stream: io.TextIOWrapper, raw: io.RawIOBase) -> None:
+    if not isinstance(raw, io.FileIO) or 'write' in vars(raw):  # once
+        return
+    write = raw.write
+
+    def write_or_end(data: bytes) -> int | None:
+        try:
+            return write(data)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), raw.fileno())  # takes what is still in buffers
+            sys.exit(128 + 13)
+
+    def last() -> None:
+        try:
+            stream.closed or stream.flush()
+        except SystemExit as end:  # too late for Python to heed it
+            os._exit(end.code)
+
+    raw.write = write_or_end
+    atexit.register(last)
+
+
 def configure(argv: list[str], doc: str = '') -> SimpleNamespace:
     """Every switch as a name of one namespace, in the order of config/default.py. Dies on bad input.
 
     --help prints `doc` and what the other arguments would set, --list_methods the rows; either ends."""
+    steady_output()
     asks = [arg for arg in argv if arg == '-h' or arg.partition('=')[0] in ('--help', '--list_methods')]
     given = {}
     for arg in argv:
@@ -165,7 +198,7 @@ def help_text(doc: str, config: dict) -> str:
     """`doc`, and every switch with its value in `config` and its comment in config/default.py, as a config file could have it;
     a value that is not the default tells the default, too."""
     lines, width = [doc.strip(), ''], max(len(f'{name} = {value!r}') for name, value in config.items())
-    tokens = [*tokenize.generate_tokens(io.StringIO(Path(default.__file__).read_text()).readline)]
+    tokens = [*tokenize.generate_tokens(io.StringIO(Path(default.__file__).read_text(encoding='utf-8')).readline)]
     for i, token in enumerate(tokens):
         if token.type == tokenize.COMMENT and token.string.startswith('# ----') and token.start[1] == 0:
             lines.append(token.string)
@@ -192,6 +225,7 @@ def list_methods() -> str:
 # ---- what other commands share -------------------------------------------------------------------------------------
 def parser(doc: str) -> argparse.ArgumentParser:
     """Of a command in tools/ or data/: its docstring is its manual, bad input is one line, ~ in a Path is the home folder."""
+    steady_output()
     made = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.error = die
     made.register('type', Path, lambda text: Path(home(text)))

@@ -32,7 +32,7 @@ def read_run(run: Path, ids: list[int] | None = None) -> tuple[SimpleNamespace, 
     has an entry per user of n_experts and lora_rank. Raises ValueError or OSError naming what is missing; never executes code
     from a file."""
     try:
-        c = SimpleNamespace(**json.loads((run / 'config.json').read_text()))
+        c = SimpleNamespace(**json.loads((run / 'config.json').read_text(encoding='utf-8')))
     except FileNotFoundError:
         raise ValueError(f'{run} is no run: it has no config.json') from None
     for name in ('n_experts', 'lora_rank'):
@@ -131,7 +131,7 @@ def texts(opened: SimpleNamespace, target: str) -> list[dict]:
 def finished(run: Path, key: str, target: str) -> list[float] | None:
     """What a finished run measured on its own target: the same code on the same text, so there is no need to repeat it."""
     file = run / 'summary.json'
-    summary = json.loads(file.read_text()) if file.exists() else {}
+    summary = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
     return summary.get(key) if summary.get('target') == target and None not in (summary.get(key) or []) else None
 
 
@@ -163,7 +163,7 @@ def report_one(opened: SimpleNamespace, streams: list[dict], target: str) -> Non
                 rows.append([layer, *(' '.join(f'{share:.2f}' for share in one) or '-' for one in shares)])
             print(table(['layer', *opened.names], rows))
     result = {'method': c.method, 'dataset': c.dataset, 'target': target, **means, 'users': users}
-    (run / 'eval.json').write_text(json.dumps(result, indent=1))
+    (run / 'eval.json').write_text(json.dumps(result, indent=1), encoding='utf-8')
     print(f'\nwrote {run}/eval.json')
 
 

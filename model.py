@@ -354,7 +354,7 @@ def read_tensors(file: Path) -> tuple[dict, dict]:
 def hub_config(file: Path) -> GPTConfig:
     """config.json of the Hub -> GPTConfig. Raises ValueError if it is missing or describes another model than GPT-2."""
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding='utf-8'))
     except (OSError, ValueError) as error:
         raise ValueError(f'no readable config.json beside the weights ({error})') from None
     if config.get('model_type') != 'gpt2':

@@ -1,11 +1,16 @@
 """configurator.py and config/default.py: what a command line may say, one line for what it may not, and the tables of both."""
 
+import ast
+import io
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, refused
+from tqdm import tqdm
 
 from config.default import COLUMNS, FIT, GONE, LEGAL, METHODS, MUST, PATHS, PER_USER
 from configurator import SWITCHES, checked, configure, die, fit, home, list_methods, parser, table
@@ -397,6 +402,74 @@ def test_a_command_of_tools_is_as_strict(capsys):
     assert 'What it is.\n\n    python tools/x.py RUN' in options.format_help()
     for argv in (['--dev=cpu'], ['--device'], ['more']):  # no abbreviations
         refused(capsys, options.parse_args, argv)
+
+
+# ---- terminals, logs and pipes ---------------------------------------------------------------------------------------
+SAYS = 'import sys; from configurator import parser, configure, die; {begin}; {says}'
+
+
+@pytest.mark.parametrize(
+    'says, out, err',
+    [
+        ("print('a')", True, False),  # is written when Python ends
+        ("print('a', flush=True); 1 / 0", True, False),
+        ("sys.exit(print('a'))", True, False),
+        ("[print('a' * 99) for i in range(9999)]", True, False),
+        ("exec('try: print(1, flush=True)\\nexcept OSError as error: die(error)')", True, False),
+        ("die('a')", False, True),
+        ("from tqdm import tqdm; [*tqdm(range(9))]; print('never seen')", False, True),
+        ("print('a'); die('a')", True, True),
+    ],
+)
+@pytest.mark.parametrize('unbuffered', [False, True])
+def test_a_pipe_that_nobody_reads_ends_a_command_quietly(says, out, err, unbuffered):
+    read, write = os.pipe()
+    os.close(read)
+    streams = {'stdout': write if out else subprocess.PIPE, 'stderr': write if err else subprocess.PIPE}
+    for begin in ("parser('')", 'configure([])')[: 2 - unbuffered]:
+        code = SAYS.format(begin=begin, says=says)
+        done = subprocess.run([sys.executable, *['-u'] * unbuffered, '-c', code], cwd=ROOT, **streams)
+        assert (done.returncode, done.stdout or b'', done.stderr or b'') == (141, b'', b'')
+    os.close(write)
+
+
+def test_what_a_terminal_cannot_encode_ends_nothing(monkeypatch):
+    for encoding in ('cp1252', 'ascii', 'utf-8', 'utf-16'):
+        for errors in ('strict', 'surrogateescape'):
+            streams = [io.TextIOWrapper(io.BytesIO(), encoding, errors) for _ in range(2)]
+            for name, stream in zip(('stdout', 'stderr'), streams):
+                monkeypatch.setattr(sys, name, stream)
+            (parser if errors == 'strict' else configure)([])
+            print('\u5f20\u4e09', '\udcff')
+            for _ in tqdm(range(2), desc='\u674e\u56db \ud800'):
+                tqdm.write('\u2028 \u5f20')
+            with pytest.raises(SystemExit):
+                die('no \u5f20')
+            for stream in streams:
+                stream.flush()
+                assert stream.buffer.getvalue()
+    assert b'\\udcff' in streams[0].buffer.getvalue() or encoding != 'ascii'
+    for stream in (io.StringIO(), None):  # a notebook's, and none
+        monkeypatch.setattr(sys, 'stdout', stream)
+        configure([])
+
+
+CODE = [file for folder in ('', 'config', 'data', 'docs', 'run', 'tools') for file in sorted((ROOT / folder).glob('*.py'))]
+
+
+def test_every_command_begins_so_and_every_file_is_opened_in_utf8():
+    commands = 0
+    for file in CODE:
+        source = file.read_text(encoding='utf-8')
+        if "__name__ == '__main__'" in source:
+            commands += 1
+            assert re.search(r'\b(parser|configure|steady_output|read_options)\(', source), file
+        for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+            said = ast.unparse(call)
+            if ast.unparse(call.func).split('.')[-1] in ('open', 'read_text', 'write_text'):
+                binary = re.search(r"'[rwa]b\+?'", said) or said.startswith(('os.open', 'journal.open'))
+                assert binary or 'encoding' in [keyword.arg for keyword in call.keywords], (file.name, said)
+    assert commands >= 12
 
 
 def test_table_layout():

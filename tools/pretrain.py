@@ -105,7 +105,7 @@ def main(argv: list[str]) -> None:
     folder = Path('data', c.dataset)
     try:
         usable(c.device)
-        vocab_size = json.loads((folder / 'meta.json').read_text())['vocab_size']
+        vocab_size = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))['vocab_size']
         texts = Texts(folder, c.n_positions, vocab_size)
     except (OSError, ValueError, KeyError) as error:
         die(error)
@@ -130,7 +130,7 @@ def main(argv: list[str]) -> None:
         'seconds': round(seconds),
         'torch': torch.__version__,
     }
-    Path(c.out).with_suffix('.json').write_text(json.dumps(note, indent=1) + '\n')
+    Path(c.out).with_suffix('.json').write_text(json.dumps(note, indent=1) + '\n', encoding='utf-8')
     print(f'wrote {c.out} and {Path(c.out).with_suffix(".json")}')
 
 

@@ -149,8 +149,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    sys.stdout.reconfigure(errors='replace')  # a terminal that does not speak UTF-8
-    for name in ('SIGPIPE', 'SIGINT'):  # `| head` and Ctrl-C end it as they end other tools: at once, without a traceback
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it as it ends other tools: at once, without a traceback
     main(sys.argv[1:])
