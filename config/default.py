@@ -143,7 +143,7 @@ MUST = {
 # ---- the same, once the data set and the base are known: N users, n_positions; n_experts and lora_rank have an entry per user
 FIT = {
     'block_size <= n_positions': 'the base has no more positions',
-    'test_users <= N': 'N is the number of users of the data set, and no more can be tested',
+    'test_users <= N': 'there are no more users: N is how many the data set has',
     'n_generalists <= min(n_experts)': 'every user holds all the generalists',
     "aggregate not in ('hetlora', 'flexlora', 'flora') or max(n_experts) == 1":
         'it has one expert per user, whose rank may differ: give --n_experts=1 and --lora_rank=16,8,...',
