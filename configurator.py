@@ -5,19 +5,19 @@
 Unknown names are refused, in files as on the command line; a value must have its default's type (an int may stand for a float,
 and one number for a tuple with an entry per user). Below that, what every command prints with: a last line, a table."""
 
-import __future__
-
 import argparse
 import ast
-import atexit
 import difflib
+import functools
 import io
 import os
 import re
 import sys
 import tokenize
+from collections.abc import Callable
+from inspect import ismodule
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import NoReturn
 
 import numpy as np
@@ -25,6 +25,7 @@ import numpy as np
 from config import default
 from config.default import COLUMNS, FIT, GONE, LEGAL, METHODS, MUST, PATHS, PER_USER
 
+home = os.path.expanduser  # the path with ~ spelt out, which a shell does not do after `=`; what is nobody's home stays
 SWITCHES = {k: v for k, v in vars(default).items() if k.islower() and not k.startswith('_')}
 
 
@@ -37,33 +38,21 @@ def die(message: object) -> NoReturn:
 
 def steady_output() -> None:
     """What every command begins with: what a terminal or a log cannot encode is written as \\u5f20, and a pipe that nobody
-    reads any more ends the command without a word, with SIGPIPE's exit status. The signal itself would end it for sockets."""
+    reads any more ends the command without a word. SIGPIPE would do that too, but for every socket as well."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):  # no notebook's
             stream.reconfigure(errors='backslashreplace')
-            end_with_reader(stream, getattr(stream.buffer, 'raw', stream.buffer))
+            raw = getattr(stream.buffer, 'raw', stream.buffer)
+            if isinstance(raw, io.FileIO) and 'write' not in vars(raw):  # once
+                raw.write = functools.partial(write_or_end, raw.write, raw.fileno())
 
 
-def end_with_reader(stream: io.TextIOWrapper, raw: io.RawIOBase) -> None:
-    if not isinstance(raw, io.FileIO) or 'write' in vars(raw):  # once
-        return
-    write = raw.write
-
-    def write_or_end(data: bytes) -> int | None:
-        try:
-            return write(data)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), raw.fileno())  # takes what is still in buffers
-            sys.exit(128 + 13)
-
-    def last() -> None:
-        try:
-            stream.closed or stream.flush()
-        except SystemExit as end:  # too late for Python to heed it
-            os._exit(end.code)
-
-    raw.write = write_or_end
-    atexit.register(last)
+def write_or_end(write: Callable, number: int, data: bytes) -> int | None:
+    try:
+        return write(data)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)  # takes what is still in buffers
+        (os._exit if sys.is_finalizing() else sys.exit)(128 + 13)  # SIGPIPE's
 
 
 def configure(argv: list[str], doc: str = '') -> SimpleNamespace:
@@ -79,8 +68,6 @@ def configure(argv: list[str], doc: str = '') -> SimpleNamespace:
         if arg.startswith('--'):
             key, equals, text = arg[2:].partition('=')  # only the first '=' separates
             usual = SWITCHES[known(key, SWITCHES, 'switch', '--')]
-            if not equals and type(usual) is str:
-                die(f'--{key}: expected a text, such as --{key}={usual or "TEXT"}')
             given[key] = literal(text, usual) if equals else True
         else:
             for key, value in read_file(arg).items():
@@ -162,17 +149,12 @@ def checked(key: str, value: object, default: object, per_user: bool) -> object:
         return tuple(checked(key, entry, default, False) for entry in value)
     if want is float and number:
         value = float(value)
-    if want is str and type(value) in (bool, int, float):
+    if want is str and number:
         value = str(value)
     if type(value) is not want:
         example = f'{default!r}' + (f' or one value per user, such as {default},{default}' if per_user else '')
         die(f'--{key}={value!r}: expected {want.__name__}, such as {example}')
     return home(value) if key in PATHS else value
-
-
-def home(path: str) -> str:
-    """The path with ~ and ~user spelt out, which a shell does not do after `=`; what is nobody's home stays as it is."""
-    return os.path.expanduser(path)
 
 
 def read_file(file: str) -> dict:
@@ -189,9 +171,8 @@ def read_file(file: str) -> dict:
         exec(compile(source, file, 'exec'), values)
     except BaseException as error:  # SystemExit, too
         die(f'the config file {file} does not run: {type(error).__name__}: {error}')
-    helpers = (ModuleType, type(__future__.annotations))
-    public = {k: v for k, v in values.items() if not k.startswith('_')}
-    return {k: v for k, v in public.items() if k in SWITCHES or not (callable(v) or isinstance(v, helpers))}
+    own = {k for k, v in values.items() if k[0] == '_' or callable(v) or type(v).__module__ == '__future__' or ismodule(v)}
+    return {k: v for k, v in values.items() if k in SWITCHES or k not in own}
 
 
 def help_text(doc: str, config: dict) -> str:

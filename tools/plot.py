@@ -22,7 +22,6 @@ import matplotlib
 import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import die, home, parser
@@ -171,15 +170,13 @@ def panels(n: int, columns: int, row: float, rest: float, x: str = '', **kwargs)
     return fig, axes[:n]
 
 
-def draw_line(ax, i: int, label: str | None, xs: list, y: list, low: list = (), high: list = (), **look) -> Line2D:
-    """Line i in its own colour, dash and marker (at most about eight of them), shaded from low to high if they are given.
-    Returns it: legends that are not given their lines leave out names like _me."""
+def draw_line(ax, i: int, label: str | None, xs: list, y: list, low: list = (), high: list = (), **look) -> None:
+    """Line i in its own colour, dash and marker (at most about eight of them), shaded from low to high if they are given."""
     style, marker = LINES[i % len(LINES)], MARKERS[i % len(MARKERS)]
     look = {'color': COLOURS[i % len(COLOURS)], 'linestyle': style, 'marker': marker, 'markevery': max(1, len(xs) // 8)} | look
-    (line,) = ax.plot(xs, y, label=label, **look)
+    ax.plot(xs, y, label=label, **look)
     if len(low):
         ax.fill_between(xs, low, high, color=look['color'], alpha=0.2, linewidth=0)
-    return line
 
 
 def draw_matrix(ax, values: np.ndarray, text: str, middle: float, **limits):
@@ -319,7 +316,8 @@ def overview(what: str, folders: list) -> Figure:
     fig, axes = panels(1 + bool(evals), 1, 2.3, 0.9)
     for i, user in enumerate(first.users):
         xs, mean, _ = curve(runs, user)
-        named[0].append(draw_line(axes[0], i, title_of(first, user), xs, mean, linestyle='-'))  # dotted is the base
+        draw_line(axes[0], i, title_of(first, user), xs, mean, linestyle='-')  # dotted is the base
+        named[0].append(axes[0].lines[-1])
         if (base := first.base.get(user)) is not None:
             axes[0].axhline(base, color=COLOURS[i % len(COLOURS)], linewidth=0.8, linestyle=DOTTED)
     axes[0].set(ylabel=perplexity_label(first), title='dotted: the base, before training')
@@ -328,12 +326,12 @@ def overview(what: str, folders: list) -> Figure:
         colours = matplotlib.colormaps['viridis'](np.linspace(0, 0.85, len(layers)))
         for i, layer in enumerate(layers):
             xs, values = by_x([(e['x'], sum(e['scores'][layer][:n])) for e in evals])
-            line = draw_line(axes[1], i, f'layer {layer}', xs, [v.mean() for v in values], color=colours[i])
-            named[1].extend([line] * (layer in some))
+            draw_line(axes[1], i, f'layer {layer}', xs, [v.mean() for v in values], color=colours[i])
+            named[1].extend(axes[1].lines[-1:] * (layer in some))
         axes[1].set(ylim=(0, 1), ylabel='mean score', title=f'generalist{"s" * (n > 1)}: router score, mean over users')
     for ax, lines in zip(axes, named):
         ax.set(xlabel=first.x, xlim=(0, None))
-        ax.legend(handles=lines, loc='upper center', bbox_to_anchor=(0.5, -0.27), ncol=2)
+        ax.legend(handles=lines, loc='upper center', bbox_to_anchor=(0.5, -0.27), ncol=2)  # by itself it hides _names
     fig.suptitle(heading('{} ({})'.format(*method_and_experts(first.config)), runs))
     return fig
 

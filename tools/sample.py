@@ -68,7 +68,7 @@ def open_models(args: argparse.Namespace) -> tuple[dict[str, GPT], dict[str, str
 
 
 def pick(args: argparse.Namespace, models: dict[str, GPT], names: dict[str, str]) -> dict[str, GPT]:
-    """{title: model} of those that are to write. Dies for one that is not there."""
+    """{title: model} of those that are to write. Raises ValueError for one that is not there."""
     words, numbers = [key for key in models if key not in names], [f'#{number}' for number in names]
     whom = [args.user or [*numbers, 'base'][0]]
     if args.compare:
@@ -76,10 +76,7 @@ def pick(args: argparse.Namespace, models: dict[str, GPT], names: dict[str, str]
         whom = [*words, *several]
         if not args.user and len(names) > MOST:
             print(f'sample.py: the first {MOST} of {len(names)} users; --user=0,3 would name others', file=sys.stderr)
-    try:
-        keys = [who_is(who, names, *words) for who in whom]
-    except ValueError as error:
-        die(error)
+    keys = [who_is(who, names, *words) for who in whom]
     return {f'{key} {names[key]}' if key in names else key: models[key] for key in keys}
 
 
@@ -130,10 +127,10 @@ def main(argv: list[str]) -> None:
     try:
         models, names, dtype = open_models(args)
         enc = tokenizer_of(models['base'])
+        chosen = pick(args, models, names)
         prompts = [read_prompt(prompt, enc, models['base'].config.n_positions) for prompt in args.prompt or ['']]
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         die(error)
-    chosen = pick(args, models, names)
     jobs = [(*prompt, args.seed + i) for prompt in prompts for i in range(args.samples)]
     try:
         with autocast(models['base'].wte.weight.device, dtype):
