@@ -14,8 +14,6 @@ import os
 import re
 import sys
 import tokenize
-from collections.abc import Callable
-from inspect import ismodule
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
@@ -42,16 +40,15 @@ def steady_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):  # no notebook's
             stream.reconfigure(errors='backslashreplace')
-            raw = getattr(stream.buffer, 'raw', stream.buffer)
-            if isinstance(raw, io.FileIO) and 'write' not in vars(raw):  # once
-                raw.write = functools.partial(write_or_end, raw.write, raw.fileno())
+            if isinstance(raw := getattr(stream.buffer, 'raw', stream.buffer), io.FileIO):
+                raw.write = functools.partial(write_or_end, raw)
 
 
-def write_or_end(write: Callable, number: int, data: bytes) -> int | None:
+def write_or_end(raw: io.FileIO, data: bytes) -> int | None:
     try:
-        return write(data)
+        return io.FileIO.write(raw, data)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), number)  # takes what is still in buffers
+        os.dup2(os.open(os.devnull, os.O_WRONLY), raw.fileno())  # takes what is still in buffers
         (os._exit if sys.is_finalizing() else sys.exit)(128 + 13)  # SIGPIPE's
 
 
@@ -67,8 +64,7 @@ def configure(argv: list[str], doc: str = '') -> SimpleNamespace:
             continue
         if arg.startswith('--'):
             key, equals, text = arg[2:].partition('=')  # only the first '=' separates
-            usual = SWITCHES[known(key, SWITCHES, 'switch', '--')]
-            given[key] = literal(text, usual) if equals else True
+            given[known(key, SWITCHES, 'switch', '--')] = literal(text, SWITCHES.get(key)) if equals else True
         else:
             for key, value in read_file(arg).items():
                 given[known(key, SWITCHES, f'switch in {arg}')] = value
@@ -147,10 +143,8 @@ def checked(key: str, value: object, default: object, per_user: bool) -> object:
         die(f'--{key}: expected a finite number, and one below 1e300')
     if per_user and type(value) in (tuple, list):
         return tuple(checked(key, entry, default, False) for entry in value)
-    if want is float and number:
-        value = float(value)
-    if want is str and number:
-        value = str(value)
+    if number and want in (float, str):
+        value = want(value)
     if type(value) is not want:
         example = f'{default!r}' + (f' or one value per user, such as {default},{default}' if per_user else '')
         die(f'--{key}={value!r}: expected {want.__name__}, such as {example}')
@@ -158,8 +152,7 @@ def checked(key: str, value: object, default: object, per_user: bool) -> object:
 
 
 def read_file(file: str) -> dict:
-    """The public variables that a config file sets, without what it imports or defines. A config file is Python: run only your
-    own."""
+    """The public variables that a config file sets, not what it imports or defines. It is Python: run only your own."""
     if not file.endswith('.py'):
         die(f'{file!r} is neither a config file (*.py) nor a switch (--name=value)')
     values = {}
@@ -171,7 +164,9 @@ def read_file(file: str) -> dict:
         exec(compile(source, file, 'exec'), values)
     except BaseException as error:  # SystemExit, too
         die(f'the config file {file} does not run: {type(error).__name__}: {error}')
-    own = {k for k, v in values.items() if k[0] == '_' or callable(v) or type(v).__module__ == '__future__' or ismodule(v)}
+    own = {
+        k for k, v in values.items() if k[0] == '_' or callable(v) or type(v).__module__ == '__future__' or type(v) is type(re)
+    }
     return {k: v for k, v in values.items() if k in SWITCHES or k not in own}
 
 

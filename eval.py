@@ -55,8 +55,7 @@ def read_run(run: Path, ids: list[int] | None = None) -> tuple[SimpleNamespace, 
 
 
 def who_is(who: str | None, users: dict, *words: str) -> str | int:
-    """Whom --user=who means: one of the words, the user of that name, or else of that number; #1 is always user 1. users:
-    {number: name}. Returns the word or the number. Raises ValueError, one line, unless it is exactly one."""
+    """The word, or the number of the one of users {number: name}: by name, else by number; #1 is user 1. Else ValueError."""
     named = [i for i, name in users.items() if name == who]
     found = [who] if who in words else [i for i in users if f'#{i}' == who] or named or [i for i in users if str(i) == who]
     if len(found) != 1:
@@ -97,11 +96,7 @@ def open_run(
 
 def open_base(source: str, device: str, dtype: str, sha256: str | None = None) -> GPT:
     """The frozen base on its device, as training has it. Raises ValueError or OSError, one line; also for another SHA-256."""
-    base = load_gpt(source).requires_grad_(False)
-    try:
-        base.to(usable(device))
-    except RuntimeError as error:  # such as a GPU whose memory is full
-        raise ValueError(f'cannot use the device {device} ({str(error).splitlines()[0]}): give --device=cpu') from None
+    base = load_gpt(source).requires_grad_(False).to(usable(device))
     if sha256 and fingerprint(base) != sha256:
         raise ValueError(f'{source} is not the base that the run was trained on (SHA-256 differs)')
     fast_fp32(base.wte.weight.device.type)

@@ -320,8 +320,7 @@ def report(result: dict) -> None:
 def machine(args: argparse.Namespace) -> str:
     name = platform.processor() or platform.machine()
     if sys.platform == 'linux':
-        lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
-        name = next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), name)
+        name = next((row.split(':')[1].strip() for row in open('/proc/cpuinfo', encoding='utf-8') if 'model name' in row), name)
     if args.device == 'cuda':
         name = f'{torch.cuda.get_device_name()}, {name}'
     return (
