@@ -8,8 +8,8 @@ and one number for a tuple with an entry per user). Below that, what every comma
 import argparse
 import ast
 import difflib
+import functools
 import io
-import math
 import os
 import re
 import sys
@@ -21,8 +21,9 @@ from typing import NoReturn
 import numpy as np
 
 from config import default
-from config.default import COLUMNS, FIT, GONE, LEGAL, METHODS, MUST, PER_USER
+from config.default import COLUMNS, FIT, GONE, LEGAL, METHODS, MUST, PATHS, PER_USER
 
+home = os.path.expanduser  # the path with ~ spelt out, which a shell does not do after `=`; what is nobody's home stays
 SWITCHES = {k: v for k, v in vars(default).items() if k.islower() and not k.startswith('_')}
 
 
@@ -33,10 +34,29 @@ def die(message: object) -> NoReturn:
     raise SystemExit(2)
 
 
+def steady_output() -> None:
+    """What every command begins with: what a terminal or a log cannot encode is written as \\u5f20, and a pipe that nobody
+    reads any more ends the command without a word. SIGPIPE would do that too, but for every socket as well."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):  # no notebook's
+            stream.reconfigure(errors='backslashreplace')
+            if isinstance(raw := getattr(stream.buffer, 'raw', stream.buffer), io.FileIO):
+                raw.write = functools.partial(write_or_end, raw)
+
+
+def write_or_end(raw: io.FileIO, data: bytes) -> int | None:
+    try:
+        return io.FileIO.write(raw, data)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), raw.fileno())  # takes what is still in buffers
+        (os._exit if sys.is_finalizing() else sys.exit)(128 + 13)  # SIGPIPE's
+
+
 def configure(argv: list[str], doc: str = '') -> SimpleNamespace:
     """Every switch as a name of one namespace, in the order of config/default.py. Dies on bad input.
 
     --help prints `doc` and what the other arguments would set, --list_methods the rows; either ends."""
+    steady_output()
     asks = [arg for arg in argv if arg == '-h' or arg.partition('=')[0] in ('--help', '--list_methods')]
     given = {}
     for arg in argv:
@@ -44,7 +64,7 @@ def configure(argv: list[str], doc: str = '') -> SimpleNamespace:
             continue
         if arg.startswith('--'):
             key, equals, text = arg[2:].partition('=')  # only the first '=' separates
-            given[known(key, SWITCHES, 'switch', '--')] = literal(text) if equals else True
+            given[known(key, SWITCHES, 'switch', '--')] = literal(text, SWITCHES.get(key)) if equals else True
         else:
             for key, value in read_file(arg).items():
                 given[known(key, SWITCHES, f'switch in {arg}')] = value
@@ -103,14 +123,15 @@ def known(name: str, names: dict, what: str, dashes: str = '') -> str:
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
         hint = f'did you mean {dashes}{near[0]}?' if near else f'known: {", ".join(names)}'
-        die(f'unknown {what} {dashes}{name!s}; {hint}')
+        own = f' (a name that is no switch begins with _: _{name})' if ' in ' in what else ''
+        die(f'unknown {what}: {dashes}{name}; {hint}{own}' if own else f'unknown {what} {dashes}{name}; {hint}')
     return name
 
 
-def literal(text: str) -> object:
-    """The text of --key=text as a Python value; what is no literal is a string."""
+def literal(text: str, default: object) -> object:
+    """The text of --key=text as a Python value; as it was typed if the default is a text, or if it is no literal."""
     try:
-        return ast.literal_eval(text)
+        return text if type(default) is str else ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
 
@@ -118,39 +139,42 @@ def literal(text: str) -> object:
 def checked(key: str, value: object, default: object, per_user: bool) -> object:
     """value in its default's type, or death."""
     want, number = type(default), type(value) in (int, float)
+    if number and not abs(value) < 1e300:  # infinite, NaN, or an int that is no float
+        die(f'--{key}: expected a finite number, and one below 1e300')
     if per_user and type(value) in (tuple, list):
         return tuple(checked(key, entry, default, False) for entry in value)
-    if want is float and number:
-        value = float(value)
-    if want is str and type(value) in (bool, int, float):
-        value = str(value)
+    if number and want in (float, str):
+        value = want(value)
     if type(value) is not want:
         example = f'{default!r}' + (f' or one value per user, such as {default},{default}' if per_user else '')
         die(f'--{key}={value!r}: expected {want.__name__}, such as {example}')
-    if want is float and not math.isfinite(value):
-        die(f'--{key}={value!r}: expected a finite number')
-    return value
+    return home(value) if key in PATHS else value
 
 
 def read_file(file: str) -> dict:
-    """The public variables that a config file sets. A config file is Python: run only your own."""
+    """The public variables that a config file sets, not what it imports or defines. It is Python: run only your own."""
     if not file.endswith('.py'):
         die(f'{file!r} is neither a config file (*.py) nor a switch (--name=value)')
     values = {}
     try:
-        exec(compile(Path(file).read_text(), file, 'exec'), values)
+        source = Path(file).read_bytes()  # Python finds out the encoding
     except OSError as error:
         die(f'cannot read the config file {file}: {error.strerror}')
-    except Exception as error:
+    try:
+        exec(compile(source, file, 'exec'), values)
+    except BaseException as error:  # SystemExit, too
         die(f'the config file {file} does not run: {type(error).__name__}: {error}')
-    return {k: v for k, v in values.items() if not k.startswith('_')}
+    own = {
+        k for k, v in values.items() if k[0] == '_' or callable(v) or type(v).__module__ == '__future__' or type(v) is type(re)
+    }
+    return {k: v for k, v in values.items() if k in SWITCHES or k not in own}
 
 
 def help_text(doc: str, config: dict) -> str:
     """`doc`, and every switch with its value in `config` and its comment in config/default.py, as a config file could have it;
     a value that is not the default tells the default, too."""
     lines, width = [doc.strip(), ''], max(len(f'{name} = {value!r}') for name, value in config.items())
-    tokens = [*tokenize.generate_tokens(io.StringIO(Path(default.__file__).read_text()).readline)]
+    tokens = [*tokenize.generate_tokens(io.StringIO(Path(default.__file__).read_text(encoding='utf-8')).readline)]
     for i, token in enumerate(tokens):
         if token.type == tokenize.COMMENT and token.string.startswith('# ----') and token.start[1] == 0:
             lines.append(token.string)
@@ -176,9 +200,11 @@ def list_methods() -> str:
 
 # ---- what other commands share -------------------------------------------------------------------------------------
 def parser(doc: str) -> argparse.ArgumentParser:
-    """Of a command in tools/ or data/: its docstring is its manual, bad input is one line."""
+    """Of a command in tools/ or data/: its docstring is its manual, bad input is one line, ~ in a Path is the home folder."""
+    steady_output()
     made = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.error = die
+    made.register('type', Path, lambda text: Path(home(text)))
     return made
 
 

@@ -16,11 +16,11 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from configurator import die, mean, parser, table
+from configurator import die, home, mean, parser, table
 from data.stream import Texts
 from federate import ONE_MODEL, Tensors
 from lora_moe import add_lora, roles, shape_of
-from model import GPT, autocast, evaluate, fast_fp32, fingerprint, load_gpt, store_in_bf16
+from model import GPT, autocast, evaluate, fast_fp32, fingerprint, load_gpt, store_in_bf16, usable
 from run import checkpoint
 
 
@@ -32,7 +32,7 @@ def read_run(run: Path, ids: list[int] | None = None) -> tuple[SimpleNamespace, 
     has an entry per user of n_experts and lora_rank. Raises ValueError or OSError naming what is missing; never executes code
     from a file."""
     try:
-        c = SimpleNamespace(**json.loads((run / 'config.json').read_text()))
+        c = SimpleNamespace(**json.loads((run / 'config.json').read_text(encoding='utf-8')))
     except FileNotFoundError:
         raise ValueError(f'{run} is no run: it has no config.json') from None
     for name in ('n_experts', 'lora_rank'):
@@ -52,6 +52,16 @@ def read_run(run: Path, ids: list[int] | None = None) -> tuple[SimpleNamespace, 
     files = {i: checkpoint.user_file(folder, i, t) for i, t in facts['last_round'].items()}
     users = [checkpoint.read(files[i], 'adapter/')[0] if i in files else {} for i in ids]
     return c, users, checkpoint.part(tensors, 'server/') if c.aggregate in ONE_MODEL else {}
+
+
+def who_is(who: str | None, users: dict, *words: str) -> str | int:
+    """The word, or the number of the one of users {number: name}: by name, else by number; #1 is user 1. Else ValueError."""
+    named = [i for i, name in users.items() if name == who]
+    found = [who] if who in words else [i for i in users if f'#{i}' == who] or named or [i for i in users if str(i) == who]
+    if len(found) != 1:
+        known = [*words, *(f'{i} ({name})' for i, name in users.items())]
+        raise ValueError(f'--user={who}: expected one of {", ".join(known[:12])}' + ', ...' * (len(known) > 12))
+    return found[0]
 
 
 def open_run(
@@ -86,11 +96,7 @@ def open_run(
 
 def open_base(source: str, device: str, dtype: str, sha256: str | None = None) -> GPT:
     """The frozen base on its device, as training has it. Raises ValueError or OSError, one line; also for another SHA-256."""
-    base = load_gpt(source).requires_grad_(False)
-    try:
-        base.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f'cannot use the device {device} ({str(error).splitlines()[0]}): give --device=cpu') from None
+    base = load_gpt(source).requires_grad_(False).to(usable(device))
     if sha256 and fingerprint(base) != sha256:
         raise ValueError(f'{source} is not the base that the run was trained on (SHA-256 differs): give that one')
     fast_fp32(base.wte.weight.device.type)
@@ -120,7 +126,7 @@ def texts(opened: SimpleNamespace, target: str) -> list[dict]:
 def finished(run: Path, key: str, target: str) -> list[float] | None:
     """What a finished run measured on its own target: the same code on the same text, so there is no need to repeat it."""
     file = run / 'summary.json'
-    summary = json.loads(file.read_text()) if file.exists() else {}
+    summary = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
     return summary.get(key) if summary.get('target') == target and None not in (summary.get(key) or []) else None
 
 
@@ -152,7 +158,7 @@ def report_one(opened: SimpleNamespace, streams: list[dict], target: str) -> Non
                 rows.append([layer, *(' '.join(f'{share:.2f}' for share in one) or '-' for one in shares)])
             print(table(['layer', *opened.names], rows))
     result = {'method': c.method, 'dataset': c.dataset, 'target': target, **means, 'users': users}
-    (run / 'eval.json').write_text(json.dumps(result, indent=1))
+    (run / 'eval.json').write_text(json.dumps(result, indent=1), encoding='utf-8')
     print(f'\nwrote {run}/eval.json')
 
 
@@ -182,7 +188,7 @@ def main(argv: list[str]) -> None:
     options = parser(__doc__)
     options.add_argument('runs', nargs='+', type=Path, metavar='RUN', help='folder of a run (its --out_dir)')
     options.add_argument('--target', help="own, mixture, or both: own,mixture (default: the run's own)")
-    options.add_argument('--init_from', help="the base model, if it is no longer where the run's configuration says")
+    options.add_argument('--init_from', type=home, help="the base model, if it is no longer where the run's configuration says")
     options.add_argument('--device', help='cpu, cuda, cuda:N, mps (default: as the run)')
     args = options.parse_args(argv)
     try:

@@ -462,6 +462,15 @@ def from_hub(tensors: dict) -> dict:
 
 
 # ---- how its numbers are held and multiplied -------------------------------------------------------------------------
+def usable(device: str) -> str:
+    """The device's name. Raises ValueError unless this machine has such a one."""
+    n = torch.cuda.device_count()
+    here = ['cpu', *['cuda'] * (n > 0), *(f'cuda:{i}' for i in range(n)), *['mps'] * torch.backends.mps.is_available()]
+    if device not in here:
+        raise ValueError(f'cannot use the device {device}: this machine has {", ".join(here)}; give --device=cpu')
+    return device
+
+
 def autocast(device: torch.device | str, dtype: str) -> contextlib.AbstractContextManager:
     """Products in bfloat16 if that is the dtype (the LoRAs, LayerNorms and the residual stream stay float32), else nothing."""
     return torch.autocast(torch.device(device).type, torch.bfloat16) if dtype == 'bfloat16' else contextlib.nullcontext()

@@ -23,7 +23,7 @@ import federate
 from configurator import configure, die, fit
 from data.stream import Texts
 from federate import Tensors
-from model import GPT, fast_fp32, fingerprint, load_gpt, store_in_bf16
+from model import GPT, fast_fp32, fingerprint, load_gpt, store_in_bf16, usable
 from run import processes
 from run.fleet import Fleet
 from run.journal import FREE, Journal, stop_on_signals
@@ -94,10 +94,10 @@ def prepare(c: SimpleNamespace) -> tuple[Fleet, Journal, Tensors]:
 
 
 def pick_device(device: str) -> str:
-    """auto: what there is; several processes share out the GPUs. Raises RuntimeError if it cannot be used."""
+    """auto: what there is; several processes share out the GPUs. Raises ValueError or RuntimeError if it cannot be used."""
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    if device == 'cuda' and processes.world() > 1:
+    if usable(device) == 'cuda' and processes.world() > 1:
         device = f'cuda:{int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()}'
     torch.zeros(1, device=device)
     return device

@@ -66,6 +66,7 @@ dtype = 'auto'                  # auto (bfloat16 autocast on CUDA, else float32)
 compile = False                 # torch.compile of the training loss: 1 to 2 minutes at the start, then faster steps
 
 PER_USER = ('n_experts', 'lora_rank')  # also take a tuple, an entry per user
+PATHS = ('dataset', 'init_from', 'init_adapter', 'out_dir', 'public_text')  # ~ is the home folder
 
 # (experts, generalists, attention shared, router, trained on, combined by, rank), the paper's table, what it is, other switches
 COLUMNS = ('n_experts', 'n_generalists', 'share_attention', 'router', 'router_data', 'aggregate', 'lora_rank')
@@ -105,14 +106,16 @@ LEGAL = {
     'routing_unit': ('token', 'prefix', 'sequence'),
     'trust': ('weights', 'validation', 'predictions'),
     'dtype': ('auto', 'float32', 'bfloat16'),
-    'local_steps router_every router_steps batch_size micro_batch_size block_size eval_every judge_windows top_k':
-        '0 < x < 1e9',
-    'rounds n_generalists ghost_noise prune_coef consensus_coef consensus_start test_users': '0 <= x < 1e9',
-    'lora_alpha expert_lr router_lr trust_temperature': 'x > 0',
+    'local_steps router_every router_steps micro_batch_size block_size eval_every judge_windows top_k lora_alpha expert_lr '
+    'router_lr trust_temperature': '0 < x < 1e9',
+    'rounds n_generalists prune_coef consensus_coef consensus_start test_users lb_coef weight_decay': '0 <= x < 1e9',
+    'batch_size': '0 < x <= 65536',
+    'ghost_noise': '0 <= x <= 65536',
     'seed clip_norm attackers': 'x >= 0',
     'participation prune_gamma': '0 < x <= 1',
     'failures': '0 <= x <= 1',
     'trim': '0 <= x < 0.5',
+    'dataset init_from out_dir': "x != ''",
 }
 # ---- between switches: a condition that must hold, and why
 MUST = {
@@ -139,7 +142,7 @@ MUST = {
 # ---- the same, once the data set and the base are known: N users, n_positions; n_experts and lora_rank have an entry per user
 FIT = {
     'block_size <= n_positions': 'the base has no more positions',
-    'test_users <= N': 'there are no more users',
+    'test_users <= N': 'there are no more users: N is how many the data set has',
     'n_generalists <= min(n_experts)': 'every user holds all the generalists',
     "aggregate not in ('hetlora', 'flexlora', 'flora') or max(n_experts) == 1":
         'it has one expert per user, whose rank may differ: give --n_experts=1 and --lora_rank=16,8,...',

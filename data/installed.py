@@ -193,7 +193,7 @@ def prose(text: str) -> list[str]:
 def package_readmes() -> Iterable[str]:
     """Long descriptions (READMEs) and licences out of the metadata of requirements.txt's packages and all that they need,
     by name; not of whatever else is installed, so that adding a package leaves the demo as it is."""
-    names, packages = re.findall(r'^[\w.-]+', REQUIREMENTS.read_text(), re.M), {}
+    names, packages = re.findall(r'^[\w.-]+', REQUIREMENTS.read_text(encoding='utf-8'), re.M), {}
     while names:
         name = re.sub(r'[-_.]+', '-', names.pop()).lower()
         try:

@@ -39,7 +39,7 @@ def copy_of_the_source(folder: Path) -> Path:
 
 def apply(name: str, diff: str, folder: Path) -> None:
     """Raises ValueError naming the ablation, with git's words, if the diff does not fit the source."""
-    done = subprocess.run(['git', 'apply', '-'], input=diff, capture_output=True, text=True, cwd=folder)
+    done = subprocess.run(['git', 'apply', '-'], input=diff, capture_output=True, encoding='utf-8', cwd=folder)
     if done.returncode:
         raise ValueError(f'{name} does not fit the source any more: {" ".join(done.stderr.split())}')
 
@@ -49,7 +49,7 @@ def run(name: str, diff: str, seed: int, more: tuple = ()) -> dict:
     out = RUNS / f'{name}-{seed}'
     of = out / 'ablation.diff'  # written last
     if of.exists() and of.read_text(encoding='utf-8') == diff and (out / 'summary.json').exists():
-        return json.loads((out / 'summary.json').read_text())
+        return json.loads((out / 'summary.json').read_text(encoding='utf-8'))
     with tempfile.TemporaryDirectory() as tmp:
         source = copy_of_the_source(Path(tmp))
         if diff:
@@ -57,7 +57,7 @@ def run(name: str, diff: str, seed: int, more: tuple = ()) -> dict:
         args = ['config/demo.py', f'--dataset={DATA}', f'--out_dir={out}', f'--seed={seed}', '--eval_every=10', '--overwrite']
         subprocess.run([sys.executable, 'train.py', *args, *more], cwd=source, check=True, stdout=sys.stderr)
     of.write_text(diff, encoding='utf-8')
-    return json.loads((out / 'summary.json').read_text())
+    return json.loads((out / 'summary.json').read_text(encoding='utf-8'))
 
 
 def table(names: list[str], seeds: list[int]) -> str:
@@ -84,9 +84,8 @@ def refreshed(name: str, diff: str) -> str:
             for file in files:
                 (Path(tmp) / side / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(source / file, Path(tmp) / side / file)
-        done = subprocess.run(
-            ['git', 'diff', '--no-index', '--no-prefix', '--no-color', '-U1', 'a', 'b'], capture_output=True, text=True, cwd=tmp
-        )
+        command = ['git', 'diff', '--no-index', '--no-prefix', '--no-color', '-U1', 'a', 'b']
+        done = subprocess.run(command, capture_output=True, encoding='utf-8', cwd=tmp)
     text = re.sub(r'^(diff|index) .*\n', '', done.stdout, flags=re.M)
     return re.sub(r'^(@@ .*? @@).*$', r'\1', text, flags=re.M)
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import federate  # noqa: E402
 import train  # noqa: E402
-from configurator import mean  # noqa: E402
+from configurator import mean, steady_output  # noqa: E402
 from model import evaluate  # noqa: E402
 from run.journal import Journal  # noqa: E402
 from user import User  # noqa: E402
@@ -202,6 +202,7 @@ def sections(text: str) -> dict[str, str]:
 
 
 def main(argv: list[str]) -> None:
+    steady_output()
     if '--help' in argv or '-h' in argv:
         print(__doc__)
         return

@@ -110,7 +110,7 @@ class Journal:
                 self.clear()
                 versions = {'python': sys.version.split()[0], 'torch': torch.__version__, 'numpy': np.__version__}
                 effective |= {'versions': versions, 'git_commit': git_commit()}
-                write_atomically(self.out / 'config.json', lambda file: file.write_text(json.dumps(effective, indent=1)))
+                write_atomically(self.out / 'config.json', lambda f: f.write_bytes(json.dumps(effective, indent=1).encode()))
         except OSError as error:
             die(f'cannot write to --out_dir={self.c.out_dir}: {error.strerror}')
         processes.all_gather()

@@ -51,7 +51,7 @@ def report(c: SimpleNamespace, fleet: Fleet, journal: Journal, server: Tensors) 
     processes.end()
     journal.metrics.close()
     summary = summarise(c, fleet, journal, [own['n'].item() if c.rounds else 0 for own in trainable.values()])
-    write_atomically(journal.out / 'summary.json', lambda file: file.write_text(json.dumps(summary, indent=1)))
+    write_atomically(journal.out / 'summary.json', lambda file: file.write_bytes(json.dumps(summary, indent=1).encode()))
     show(c, journal, summary)
     return summary
 

@@ -1,12 +1,19 @@
 """configurator.py and config/default.py: what a command line may say, one line for what it may not, and the tables of both."""
 
+import ast
+import io
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, refused
+from tqdm import tqdm
 
-from config.default import COLUMNS, FIT, GONE, LEGAL, METHODS, MUST, PER_USER
-from configurator import SWITCHES, configure, die, fit, list_methods, parser, table
+from config.default import COLUMNS, FIT, GONE, LEGAL, METHODS, MUST, PATHS, PER_USER
+from configurator import SWITCHES, checked, configure, die, fit, home, list_methods, parser, table
 
 
 def settle(argv: list[str], N: int, n_positions: int):
@@ -14,6 +21,9 @@ def settle(argv: list[str], N: int, n_positions: int):
 
 
 # ---- what is taken ---------------------------------------------------------------------------------------------------
+TYPED = ['7', '2024_01', '1e3', '007', 'None', 'True', "'x'", '"x"', '[1,2]', '(1)', '{}', ' x ', '0x10', '-', '#1', "b'x'"]
+
+
 @pytest.mark.parametrize(
     'argv, expected',
     [
@@ -29,7 +39,7 @@ def settle(argv: list[str], N: int, n_positions: int):
         (['--expert_lr=1'], dict(expert_lr=1.0)),  # an int stands for a float
         (['--expert_lr=1e-4'], dict(expert_lr=1e-4)),
         (['--out_dir=a=b'], dict(out_dir='a=b')),  # '=' inside a value
-        (['--out_dir=7'], dict(out_dir='7')),
+        *(([f'--{k}={text}'], {k: text}) for k in ('out_dir', 'dataset', 'init_from') for text in TYPED),
         (['--public_text='], dict(public_text='')),
         (['--resume=False'], dict(resume=False)),
         (['--resume'], dict(resume=True)),
@@ -53,6 +63,31 @@ def test_files_and_switches_in_a_row(tmp_path):
     assert configure([b]).n_experts == (4, 2)  # not the row's
 
 
+PYTHON = """from __future__ import annotations
+import time, os.path
+import tensorboard_of_nobody as wandb
+from pathlib import Path
+from math import sqrt as root, inf as _inf
+def double(n): return 2 * n
+class Mine: pass
+half = lambda n: n // 2
+_here = Path('.')
+_sizes = [_i for _i in range(3)]
+rounds = double(3) + half(2) + len(_sizes)
+"""
+
+
+def test_files_that_are_python(tmp_path, monkeypatch):
+    """What is imported or defined is no switch; the encoding is what Python says it is."""
+    monkeypatch.setitem(sys.modules, 'tensorboard_of_nobody', re)
+    file = tmp_path / 'c.py'
+    for source in (PYTHON, PYTHON.replace('\n', '\r\n'), '\ufeff' + PYTHON, 'rounds = 10  # \u5f20', ''):
+        file.write_bytes(source.encode())
+        assert vars(configure([str(file)])) == {**vars(configure([])), 'rounds': 10 if source else 20}
+    file.write_bytes('# -*- coding: latin-1 -*-\ndataset = "\xe9"'.encode('latin-1'))
+    assert configure([str(file)]).dataset == '\xe9'
+
+
 def test_the_shipped_files_load():
     files = [file for file in sorted((ROOT / 'config').glob('*.py')) if file.name != 'default.py']
     assert len(files) >= 5
@@ -63,6 +98,34 @@ def test_the_shipped_files_load():
 def test_what_a_fit_makes_of_it():
     c = settle(['--n_experts=3,1,2'], N=3, n_positions=128)
     assert c.n_experts == (3, 1, 2) and c.lora_rank == (8, 8, 8)
+
+
+def test_home_is_spelt_out(monkeypatch, tmp_path):
+    """In every switch that is a path, from the command line and from files, and in every path of a command in tools/."""
+    monkeypatch.setenv('HOME', '/home/me')
+    (tmp_path / 'c.py').write_text('dataset = "~/text"\nout_dir = "~"')
+    c = configure([str(tmp_path / 'c.py'), '--init_from=~/base', '--aggregate=consensus', '--n_generalists=0',
+                   '--share_attention=False', '--public_text=~/all.txt'])  # fmt: skip
+    assert (c.dataset, c.out_dir, c.init_from, c.public_text) == (
+        '/home/me/text',
+        '/home/me',
+        '/home/me/base',
+        '/home/me/all.txt',
+    )
+    assert configure(['--init_adapter=~/peft']).init_adapter == '/home/me/peft'
+    for text in ('~nobody-of-that-name/x', 'a~', './~', 'a/~/b'):
+        assert configure([f'--out_dir={text}']).out_dir == text
+    for key, value in SWITCHES.items():
+        if type(value) is str and key not in PATHS:
+            assert checked(key, '~', value, False) == '~'
+    options = parser('')
+    options.add_argument('run', type=Path)
+    options.add_argument('--base', type=home)
+    given = options.parse_args(['~/run', '--base=~/base'])
+    assert (given.run, given.base) == (Path('/home/me/run'), '/home/me/base')
+    for file in (ROOT / 'eval.py', *(ROOT / 'tools').glob('*.py')):
+        for line in re.findall(r"add(?:_argument)?\('(?:--)?(?:run|runs|dir|given|out|base|init_from)'.*", file.read_text()):
+            assert 'type=Path' in line or 'type=home' in line, (file.name, line)
 
 
 # ---- the tables of config/default.py ---------------------------------------------------------------------------------
@@ -89,17 +152,85 @@ def test_every_row_of_LEGAL_is_enforced(name, legal, capsys):
         assert default in legal
         assert f'--{name}=nonsense: expected one of {", ".join(legal)}' in refused(capsys, configure, [f'--{name}=nonsense'])
         return
-    outside = [x for x in map(type(default), (-1, 0, 0.5, 2, 1e9)) if not eval(legal, {'x': x})]
+    some = [''] if type(default) is str else map(type(default), (-1, 0, 0.5, 2, 1e9))
+    outside = [x for x in some if not eval(legal, {'x': x})]
     assert outside and eval(legal, {'x': default})
     for x in outside:
         assert f'--{name}={x}: expected {legal.replace("x", name)}' in refused(capsys, configure, [f'--{name}={x}'])
 
 
-def test_every_number_is_in_one_row():
-    """All but two, which may be any number; n_experts and lora_rank are looked at by `fit`."""
-    numbers = {name for name, value in SWITCHES.items() if type(value) in (int, float)}
+ELSEWHERE = {  # switches that are neither in LEGAL nor True or False: what looks at them
+    'method': 'configure, in METHODS',
+    **dict.fromkeys(PER_USER, 'fit, for every user'),
+    'attack': 'a row of MUST',
+    'init_adapter': "'' is none; run/adapter.py reads the folder",
+    'public_text': "'' is none; data/stream.py reads the file",
+    'device': 'model.usable, which asks the machine',
+}
+
+
+def test_every_switch_is_looked_at():
     ruled = [name for name, _ in RULED]
-    assert len(ruled) == len(set(ruled)) and numbers - {*ruled} <= {*PER_USER, 'lb_coef', 'weight_decay'}
+    assert len(ruled) == len(set(ruled)) and not {*ruled} & ELSEWHERE.keys()
+    assert SWITCHES.keys() - {*ruled} - ELSEWHERE.keys() == {k for k, v in SWITCHES.items() if type(v) is bool}
+
+
+EXTREME = [
+    '',
+    '-1',
+    '-0.1',
+    '0',
+    '0.0',
+    '1e-320',
+    '1e299',
+    '-1e299',
+    '1e300',
+    '1e999',
+    'nan',
+    '-inf',
+    '9' * 400,
+    '0x' + 'f' * 5000,
+]
+EXTREME += ['None', '()', '[]', '{}', '[nan]', '1j', 'x' * 300, '...', '-', '=', '/dev/null', '\u5f20', '0' * 5000]
+
+
+@pytest.mark.parametrize('name', SWITCHES)
+def test_extreme_values_are_taken_or_refused_in_one_line(name, capsys):
+    for text in EXTREME:
+        try:
+            settle([f'--{name}={text}', '--block_size=16'] if name != 'block_size' else [f'--{name}={text}'], 3, 32)
+        except SystemExit as end:
+            err = capsys.readouterr().err
+            assert end.code == 2 and err.count('\n') == 1 and name in err, (text, err)
+
+
+def test_what_is_legal_runs(train, capsys):
+    """The largest and the least legal values of all numbers at once: a result, or one line about a loss that is no number."""
+    longer = (
+        'rounds',
+        'local_steps',
+        'router_every',
+        'router_steps',
+        'block_size',
+        'batch_size',
+        'n_generalists',
+        'test_users',
+    )
+    most, least = {}, {}
+    for name, legal in RULED:
+        if type(SWITCHES[name]) in (int, float) and name not in longer:
+            values = [
+                x for x in map(type(SWITCHES[name]), (0, 1, 1e-300, 0.4, 65536, 999999999, 1e298)) if eval(legal, {'x': x})
+            ]
+            most[name], least[name] = max(values), min(values)
+    assert {most['weight_decay'], most['expert_lr']} == {999999999} and least['router_lr'] == 1e-300 and least['lb_coef'] == 0
+    for values in (most, least, most | {'expert_lr': 1e-3, 'weight_decay': 0.0, 'lora_alpha': 16.0, 'lb_coef': 0.0}):
+        values = {**values, 'failures': 0.0, 'participation': 1.0, 'rounds': 2, 'local_steps': 1, 'router_every': 1}
+        try:
+            train(*(f'--{name}={value}' for name, value in values.items()), '--batch_size=2', '--method=pcl', '--clip_norm=0',
+                  '--router=learned', '--overwrite', '--quiet')  # fmt: skip
+        except SystemExit as end:
+            assert 'the training loss is' in end.code, end.code
 
 
 BROKEN = [  # an example for every row of MUST, in their order
@@ -173,7 +304,9 @@ def test_what_replaces_switches_of_before(capsys, tmp_path):
         (['--expert_lr=1e999'], 'expected a finite number'),
         (['--resume=maybe'], 'expected bool, such as False'),
         (['--rounds'], '--rounds=True: expected int'),
-        (['--out_dir=[1,2]'], 'expected str'),
+        (['--method=[1]'], 'unknown method [1]; known: pretrained'),
+        (['--out_dir'], "--out_dir=True: expected str, such as 'out/run'"),
+        (['--public_text'], "--public_text=True: expected str, such as ''"),
         (['rounds=3'], 'neither a config file (*.py) nor a switch'),
         (['notes.txt'], 'neither a config file'),
         (['missing.py'], 'cannot read the config file missing.py'),
@@ -188,14 +321,34 @@ def test_bad(argv, message, capsys):
     [
         ('ronuds = 3', 'did you mean rounds?'),
         ('rounds = "3"', "--rounds='3': expected int"),
+        ('out_dir = [1, 2]', '--out_dir=[1, 2]: expected str'),
+        ('dataset = None', '--dataset=None: expected str'),
         ('rounds = ', 'does not run: SyntaxError'),
         ('rounds = 1 / 0', 'does not run: ZeroDivisionError'),
-        ('import math\nrounds = 3', 'unknown switch in'),
+        ('for i in range(3):\n    rounds = i', 'c.py: i; known: method'),
+        ('from math import pi', 'c.py: pi; known: '),
+        ('round = 3', 'did you mean rounds? (a name that is no switch begins with _: _round)'),
+        ('rounds = max', '--rounds=<built-in function max>: expected int, such as 20'),
+        ('import math as rounds', 'expected int, such as 20'),
+        ('name = "é"'.encode('latin-1'), 'does not run: SyntaxError'),
+        (b'rounds = 3\0', 'does not run: '),
+        ('raise SystemExit', 'does not run: SystemExit'),
+        ('import sys\nsys.exit(0)', 'does not run: SystemExit: 0'),
+        ('raise KeyboardInterrupt', 'does not run: KeyboardInterrupt'),
+        ('def f():\n    f()\nf()', 'does not run: RecursionError'),
+        ('open("no such file")', 'does not run: FileNotFoundError'),
+        ('(' * 500, 'does not run: '),
+        ('x = ' + '-' * 100_000 + '1', 'does not run: '),
+        (None, 'cannot read the config file'),  # a folder
     ],
 )
 def test_bad_files(text, message, tmp_path, capsys):
-    (tmp_path / 'c.py').write_text(text)
-    assert message in refused(capsys, configure, [str(tmp_path / 'c.py')])
+    file = tmp_path / 'c.py'
+    if text is None:
+        file.mkdir()
+    else:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert message in refused(capsys, configure, [str(file)])
 
 
 def test_one_line_for_each_machine(capsys, monkeypatch):
@@ -249,6 +402,74 @@ def test_a_command_of_tools_is_as_strict(capsys):
     assert 'What it is.\n\n    python tools/x.py RUN' in options.format_help()
     for argv in (['--dev=cpu'], ['--device'], ['more']):  # no abbreviations
         refused(capsys, options.parse_args, argv)
+
+
+# ---- terminals, logs and pipes ---------------------------------------------------------------------------------------
+SAYS = 'import sys; from configurator import parser, configure, die; {begin}; {says}'
+
+
+@pytest.mark.parametrize(
+    'says, out, err',
+    [
+        ("print('a')", True, False),  # is written when Python ends
+        ("print('a', flush=True); 1 / 0", True, False),
+        ("sys.exit(print('a'))", True, False),
+        ("[print('a' * 99) for i in range(9999)]", True, False),
+        ("exec('try: print(1, flush=True)\\nexcept OSError as error: die(error)')", True, False),
+        ("die('a')", False, True),
+        ("from tqdm import tqdm; [*tqdm(range(9))]; print('never seen')", False, True),
+        ("print('a'); die('a')", True, True),
+    ],
+)
+@pytest.mark.parametrize('unbuffered', [False, True])
+def test_a_pipe_that_nobody_reads_ends_a_command_quietly(says, out, err, unbuffered):
+    read, write = os.pipe()
+    os.close(read)
+    streams = {'stdout': write if out else subprocess.PIPE, 'stderr': write if err else subprocess.PIPE}
+    for begin in ("parser('')", 'configure([])')[: 2 - unbuffered]:
+        code = SAYS.format(begin=begin, says=says)
+        done = subprocess.run([sys.executable, *['-u'] * unbuffered, '-c', code], cwd=ROOT, **streams)
+        assert (done.returncode, done.stdout or b'', done.stderr or b'') == (141, b'', b'')
+    os.close(write)
+
+
+def test_what_a_terminal_cannot_encode_ends_nothing(monkeypatch):
+    for encoding in ('cp1252', 'ascii', 'utf-8', 'utf-16'):
+        for errors in ('strict', 'surrogateescape'):
+            streams = [io.TextIOWrapper(io.BytesIO(), encoding, errors) for _ in range(2)]
+            for name, stream in zip(('stdout', 'stderr'), streams):
+                monkeypatch.setattr(sys, name, stream)
+            (parser if errors == 'strict' else configure)([])
+            print('\u5f20\u4e09', '\udcff')
+            for _ in tqdm(range(2), desc='\u674e\u56db \ud800'):
+                tqdm.write('\u2028 \u5f20')
+            with pytest.raises(SystemExit):
+                die('no \u5f20')
+            for stream in streams:
+                stream.flush()
+                assert stream.buffer.getvalue()
+    assert b'\\udcff' in streams[0].buffer.getvalue() or encoding != 'ascii'
+    for stream in (io.StringIO(), None):  # a notebook's, and none
+        monkeypatch.setattr(sys, 'stdout', stream)
+        configure([])
+
+
+CODE = [file for folder in ('', 'config', 'data', 'docs', 'run', 'tools') for file in sorted((ROOT / folder).glob('*.py'))]
+
+
+def test_every_command_begins_so_and_every_file_is_opened_in_utf8():
+    commands = 0
+    for file in CODE:
+        source = file.read_text(encoding='utf-8')
+        if "__name__ == '__main__'" in source:
+            commands += 1
+            assert re.search(r'\b(parser|configure|steady_output|read_options)\(', source), file
+        for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+            said = ast.unparse(call)
+            if ast.unparse(call.func).split('.')[-1] in ('open', 'read_text', 'write_text'):
+                binary = re.search(r"'[rwa]b\+?'", said) or said.startswith(('os.open', 'journal.open'))
+                assert binary or 'encoding' in [keyword.arg for keyword in call.keywords], (file.name, said)
+    assert commands >= 12
 
 
 def test_table_layout():

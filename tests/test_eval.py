@@ -103,6 +103,40 @@ def test_an_opened_run(finished, copy):
     assert eval_file.open_run(copy, beside=opened).base.wte.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    'names, who, expected',
+    [
+        (['python', 'prose'], 'prose', 1),
+        (['python', 'prose'], '1', 1),
+        (['python', 'prose'], '#1', 1),
+        (['1', '2', '3'], '1', 0),  # the name comes first
+        (['1', '2', '3'], '#1', 1),
+        (['1', '2', '3'], '3', 2),
+        (['1', '2', '3'], '0', 0),  # nobody's name
+        (['#1', '#0', '#x'], '#1', 1),  # a number, whatever the names are
+        (['#1', '#0', '#x'], '#x', 2),
+        (['base', 'a,b'], 'base', 'base'),  # a word, not a user
+        (['base', 'a,b'], '#0', 0),
+        (['base', 'a,b'], 'a,b', 1),
+        (['a', 'a', '3'], 'a', None),  # two of them
+        (['a', 'a', '3'], '#0', 0),
+        (['1', '1', '3'], '1', None),
+        *((['1', '', '3'], who, None) for who in (None, '4', '-1', '#', '#3', '#01', '01', ' 1', '1,3', '\u0661', 'None')),
+        (['1', '', '3'], '', 1),
+    ],
+)
+def test_whom_a_user_option_means(names, who, expected):
+    users = dict(enumerate(names))
+    if expected is None:
+        with pytest.raises(ValueError) as error:
+            eval_file.who_is(who, users, 'base')
+        known = ', '.join(f'{i} ({name})' for i, name in users.items())
+        assert str(error.value) == f'--user={who}: expected one of base, {known}'
+    else:
+        assert eval_file.who_is(who, users, 'base') == expected
+        assert eval_file.who_is(who, {str(i): name for i, name in users.items()}, 'base') == str(expected)
+
+
 # ---- several runs ----------------------------------------------------------------------------------------------------
 def test_table_of_several_runs(train, mixed, capsys, tmp_path):
     """A row per target and user; what a run measured itself is taken from it, the rest is evaluated."""

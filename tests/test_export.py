@@ -231,7 +231,7 @@ def test_overwriting_deletes_an_earlier_export_and_nothing_else(mixed, tmp_path,
 def test_bad_input_is_one_line_and_writes_nothing(train, tmp_path, capsys):
     run, x = train('--method=local', '--rounds=1'), tmp_path / 'x'
     for given, message in (
-        ((run.out, x), '--user=None: expected generalist, or one user of 0 (user 0), 1 (user 1), 2 (user 2)'),
+        ((run.out, x), '--user=None: expected one of generalist, 0 (user 0), 1 (user 1), 2 (user 2)'),
         ((run.out, x, '--user=3'), '--user=3: expected'),
         ((run.out, x, '--user=generalist'), '(local) has no generalist for everybody'),
         ((tmp_path / 'none', x, '--user=0'), 'is no run: it has no config.json'),

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import relative_error
+from conftest import refused, relative_error
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
 from lora_moe import add_lora, roles
-from model import GPT, CrossEntropy, GPTConfig, choose, evaluate, fast_fp32, load_gpt, save_gpt
+from model import GPT, CrossEntropy, GPTConfig, choose, evaluate, fast_fp32, load_gpt, save_gpt, usable
 from run.adapter import read_peft
 
 
@@ -618,6 +618,53 @@ def test_gpt2_124m_has_the_published_size():
     with torch.device('meta'):
         assert sum(p.numel() for p in GPT(GPTConfig()).parameters()) == 124_439_808
     assert set(model_file.HUB) == {'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'}
+
+
+# ---- where it is ----------------------------------------------------------------------------------------------------------
+NO_DEVICE = [
+    '',
+    'CPU',
+    ' cpu',
+    'cpu:0',
+    'cpu:9',
+    'auto',
+    'cuda:',
+    'cuda:x',
+    'cuda:-1',
+    'cuda:2',
+    'cuda:99',
+    'cuda:256',
+    'cuda:01',
+]
+NO_DEVICE += [
+    'cuda:\u0661',
+    'cuda:99999999999999999999',
+    'meta',
+    'xla',
+    'hip',
+    'hpu',
+    'xpu',
+    'vulkan',
+    'privateuseone',
+    'mkldnn',
+]
+
+
+@pytest.mark.parametrize('gpus, mps', [(0, False), (2, False), (0, True)])
+def test_a_device_is_one_of_this_machine(gpus, mps, monkeypatch, train, capsys):
+    monkeypatch.setattr('torch.cuda.device_count', lambda: gpus)
+    monkeypatch.setattr('torch.backends.mps.is_available', lambda: mps)
+    here = ['cpu', *['cuda', 'cuda:0', 'cuda:1'] * (gpus > 0), *['mps'] * mps]
+    assert [usable(device) for device in here] == here
+    for device in {*NO_DEVICE, 'cuda', 'cuda:0', 'mps'} - {*here}:
+        with pytest.raises(ValueError) as error:
+            usable(device)
+        assert str(error.value) == f'cannot use the device {device}: this machine has {", ".join(here)}; give --device=cpu'
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    assert 'this machine has cpu' in refused(capsys, train, '--device=meta')
+    if not gpus:
+        assert 'cannot use the device cuda: this machine has cpu' in refused(capsys, train, '--device=cuda')
 
 
 # ---- perplexity of a whole stream (METHOD 0.3) ---------------------------------------------------------------------------

@@ -151,6 +151,44 @@ def test_a_run_draws_itself(place):
     assert {'.90', '.10', '.20', '.80', 'round 1', 'round 2'} <= {*texts(plot.matrices('trust', [run]))}
 
 
+NAMES = ['_under', '$x$', '\u5f20\u4e09', '\\$a_b^{c}', '<b>&amp;', '%s {0} ~ #1', '__', '\u0645\u0631']
+
+
+@pytest.mark.parametrize('pair', [*zip(NAMES[::2], NAMES[1::2])])
+def test_names_are_drawn_as_they_are_written(place, pair, capfd, recwarn):
+    """In titles, legends and at axes, of users, data sets and bases; a font that lacks a character says nothing."""
+    meta = json.loads((place / 'data/tiny/meta.json').read_text())
+    for user, name in zip(meta['users'], pair):
+        user['name'] = name
+    odd = pair[0].replace('/', '')
+    for data in ('tiny', odd):
+        (place / 'data' / data).mkdir(exist_ok=True)
+        (place / 'data' / data / 'meta.json').write_text(json.dumps(meta))
+    trust = [[0.9, 0.1], [0.2, 0.8]]
+    run = pretend('out/a', [[6, 5], [4, 3]], [[0.7, 0.3]], trust, users=pair, dataset=odd, init_from=f'x/{odd}.v2.safetensors')
+    titles = [f'{pair[0]} (12.5 kB)', f'{pair[1]} (50 kB)']
+    for kind, given, expected in (
+        ('run', run, titles),
+        ('fig3', run, [f'{title}\nbase 9' for title in titles]),
+        ('fig2', odd, [*pair, f'Figure 2: tokens (bytes) of {odd}, scaled down']),
+        ('trust', run, pair),
+    ):
+        with matplotlib.style.context(plot.STYLE):
+            fig = plot.PICTURES[kind](kind.replace('fig', 'Figure '), [given])
+            found = fig.findobj(matplotlib.text.Text) + [text for ax in panels(fig) for text in ax.get_xticklabels()]
+        said = [text.get_text() for text in found]
+        assert {*expected} <= {*said} and not any(text.get_parse_math() for text in found if text.get_text()), kind
+        if kind != 'fig2':
+            assert any(
+                f'on {odd} (' in text.replace('\n', ' ') and f', {odd}.v2, seed' in text.replace('\n', ' ') for text in said
+            )
+        if kind == 'run':
+            assert [text.get_text() for text in panels(fig)[0].get_legend().get_texts()] == titles
+    for kind, given in (('run', run), ('fig2', odd)):
+        assert len(plot.draw(kind, [given], Path(f'{kind}.png'))) == 2
+    assert capfd.readouterr() == ('', '') and not [w for w in recwarn if issubclass(w.category, UserWarning)]
+
+
 def test_many_users_are_drawn_as_their_mean(place):
     names = [f'user {i}' for i in range(30)]
     run = pretend('out/a', [[*range(10, 40)], [*range(5, 35)]], users=names, dataset='elsewhere')

@@ -38,6 +38,7 @@ def test_a_base_learns_and_says_how_it_was_made(tiny, tmp_path, capsys):
         (['--dataset=nowhere'], 'nowhere'),
         (['--steps=many'], 'expected int, such as 20000'),
         (['--bf16=perhaps'], 'expected bool'),
+        (['--device=meta'], 'cannot use the device meta'),
         (['--n_head=3'], 'n_embd 16 must be a multiple of n_head 3'),
         (['--n_head=0'], 'must be a multiple of n_head 0'),
         (['--step=3'], 'unrecognized arguments: --step=3'),
@@ -46,6 +47,12 @@ def test_a_base_learns_and_says_how_it_was_made(tiny, tmp_path, capsys):
 def test_bad_options_are_one_line(tiny, tmp_path, capsys, args, message):
     given = [f'--dataset={tiny.data}', *SMALL, f'--out={tmp_path}/x.safetensors', *args]
     assert message in refused(capsys, pretrain.main, given) and not (tmp_path / 'x.safetensors').exists()
+
+
+def test_a_text_is_taken_as_it_is_typed(monkeypatch):
+    monkeypatch.setenv('HOME', '/home/me')
+    c = pretrain.read_options(['--out=2024_01', '--dataset=~/text', '--lr=1'])
+    assert (c.out, c.dataset, c.lr) == ('2024_01', '/home/me/text', 1.0)
 
 
 def test_the_optimizer_and_the_draws_are_those_of_the_shipped_base():

@@ -139,7 +139,11 @@ class Tags(HTMLParser):
 
 def test_no_text_can_leave_the_script_element():
     """The page has the template's tags and no other, and what the browser parses is the text, to the character."""
-    given = {'run': HOSTILE, 'texts': [HOSTILE, '\ud800', '{{data}}']}
+    given = {
+        'run': HOSTILE,
+        'texts': [HOSTILE, '\ud800', '{{data}}'],
+        'models': ['_under', '$x$', '\u5f20\u4e09', '</td>&amp;'],
+    }
     page, template = routing.html(given), routing.TEMPLATE.read_text(encoding='utf-8')
     assert numbers(page) == given and Tags(page).found == Tags(template).found
     data = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1]

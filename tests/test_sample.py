@@ -162,6 +162,27 @@ def test_refusals(far, text, capsys, tiny, tmp_path):
         assert capsys.readouterr().out == ''
 
 
+def test_names_that_are_numbers(far, text, tmp_path):
+    """The title says the number and the name: a name comes first, #1 is user 1, and the first user is the first."""
+    run = shutil.copytree(far.out, tmp_path / 'numbers')
+    config = json.loads((run / 'config.json').read_text())
+    (run / 'config.json').write_text(json.dumps({**config, 'users': ['2', 'a,b', '0']}))
+
+    def titles(*who):
+        return [line for line in text(run, '--compare', '--tokens=1', *who).splitlines() if line in ('0 2', '1 a,b', '2 0')]
+
+    assert titles() == ['0 2', '1 a,b', '2 0']
+    for who, expected in (
+        ('0', ['2 0']),
+        ('2', ['0 2']),
+        ('#0,#2', ['0 2', '2 0']),
+        ('1,0', ['1 a,b', '2 0']),
+        ('a,b', ['1 a,b']),
+    ):
+        assert titles(f'--user={who}') == expected, who
+    assert text(run, '--tokens=5') == text(run, '--tokens=5', '--user=#0') != text(run, '--tokens=5', '--user=0')
+
+
 def test_without_a_model_for_all(train, text, capsys):
     """Nothing shared: no generalist. Pooled text: one model, everybody's."""
     local = train('--method=local', '--rounds=1', out='local')

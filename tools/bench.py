@@ -269,7 +269,7 @@ def train(args: argparse.Namespace) -> dict:
             found = []
             for _ in range(3):
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-                found.append(json.loads(Path(folder, 'out/summary.json').read_text()))
+                found.append(json.loads(Path(folder, 'out/summary.json').read_text(encoding='utf-8')))
             result[name] = {k: statistics.median(run[k] for run in found) for k in ('startup_seconds', 'peak_rss_bytes')}
             result[name]['trainable_params'] = found[0]['trainable_params'][0]
             print(f'  {name}: {result[name]}', flush=True)
@@ -320,7 +320,7 @@ def report(result: dict) -> None:
 def machine(args: argparse.Namespace) -> str:
     name = platform.processor() or platform.machine()
     if sys.platform == 'linux':
-        name = next((line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')), name)
+        name = next((row.split(':')[1].strip() for row in open('/proc/cpuinfo', encoding='utf-8') if 'model name' in row), name)
     if args.device == 'cuda':
         name = f'{torch.cuda.get_device_name()}, {name}'
     return (
@@ -350,7 +350,7 @@ def main(argv: list[str]) -> None:
         die(f'--only={args.only}, --rounds={args.rounds}: expected some of {",".join(PARTS)}, and 1 round or more')
     result = {'machine': machine(args), 'size': vars(args.size), 'parts': {}}
     if args.only and args.out.exists():
-        before = json.loads(args.out.read_text())
+        before = json.loads(args.out.read_text(encoding='utf-8'))
         if any(before[key] != result[key] for key in ('machine', 'size')):
             die(f'{args.out} is of another machine or size: give another --out')
         result = before
@@ -360,7 +360,7 @@ def main(argv: list[str]) -> None:
         result['parts'][part] = measure(args) if measure else speed(args, part)
         gc.collect()
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1))
+        args.out.write_text(json.dumps(result, indent=1), encoding='utf-8')
     report(result)
     print(f'wrote {args.out}')
 

@@ -80,7 +80,7 @@ def end(args: argparse.Namespace, board, ours) -> None:
     if board:
         board.close()
     if ours:
-        summary = json.loads(file.read_text()) if file.exists() else {}
+        summary = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
         ours.summary.update({name: value for name, value in summary.items() if type(value) in (int, float, str)})
         ours.finish()
 
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
         for line in lines(args.run, args.follow):
             if line is None:  # from the first line
                 end(args, board, ours)
-                config, number = json.loads((args.run / 'config.json').read_text()), 0
+                config, number = json.loads((args.run / 'config.json').read_text(encoding='utf-8')), 0
                 board, ours = begin(args, config)
                 continue
             x, y = points(line, config['n_generalists'])

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import cell, die, parser
-from eval import open_base, read_run
+from configurator import cell, die, home, parser
+from eval import open_base, read_run, who_is
 from federate import Tensors, pairs
 from lora_moe import scaling
 from model import GPT, HUB, TRANSPOSED
@@ -59,7 +59,7 @@ def write(folder: Path, prefix: str, config: dict, tensors: Tensors) -> None:
     """PREFIXconfig.json and PREFIXmodel.safetensors, as transformers and PEFT look for them."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({n: t.contiguous() for n, t in tensors.items()}, folder / f'{prefix}model.safetensors', {'format': 'pt'})
-    (folder / f'{prefix}config.json').write_text(json.dumps(config, indent=1))
+    (folder / f'{prefix}config.json').write_text(json.dumps(config, indent=1), encoding='utf-8')
 
 
 def write_adapter(folder: Path, lora: Tensors, alpha: float, base: str) -> None:
@@ -88,7 +88,7 @@ def write_gpt(folder: Path, gpt: GPT) -> None:
 def write_readme(args: argparse.Namespace, c: SimpleNamespace, who: str, i: int | None, experts: list, base: str) -> None:
     """DIR/README.md: what this is of, the perplexity of user i where it was measured, how to load it."""
     file, perplexity = args.run / 'summary.json', ''
-    summary = json.loads(file.read_text()) if file.exists() else {}
+    summary = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
     if i in summary.get('user_ids', ()) and not c.pooled:
         ppl, before = (cell(summary[key][summary['user_ids'].index(i)]) for key in ('test_ppl', 'pretrained_test_ppl'))
         perplexity = f"\nTest perplexity ({c.target} text) of this user's model in the run: {ppl}; of the base: {before}.\n"
@@ -119,17 +119,13 @@ def clear(folder: Path, overwrite: bool) -> None:
 
 # ---- what is read ----------------------------------------------------------------------------------------------------
 def tensors_of(run: Path, c: SimpleNamespace, server: Tensors, user: str | None) -> tuple[str, int | None, Tensors]:
-    """(whose they are, number of the user, tensors) for a user's number or name, or 'generalist': the server's alone."""
+    """(whose they are, number of the user, tensors) for --user of eval.who_is, or 'generalist': the server's alone."""
     names = ['all'] if c.pooled else c.users
-    if user == 'generalist':
+    i = who_is(user, dict(enumerate(names)), 'generalist')
+    if i == 'generalist':
         if not by_expert(server):
             raise ValueError(f'{run} ({c.method}) has no generalist for everybody at its server: export a user')
         return 'the generalist alone, which a newcomer gets', None, server
-    numbers = [i for i, name in enumerate(names) if user in (name, str(i))]
-    if len(numbers) != 1:
-        known = ', '.join(f'{i} ({name})' for i, name in [*enumerate(names)][:8]) + ', ...' * (len(names) > 8)
-        raise ValueError(f'--user={user}: expected generalist, or one user of {known}')
-    i = numbers[0]
     here = not (run / 'summary.json').exists() or (run / 'adapters' / f'user{i}.safetensors').exists()
     tensors = read_run(run, [i])[1][0] if here else {}
     if not tensors:
@@ -194,9 +190,9 @@ def main(argv: list[str]) -> None:
     options = parser(__doc__)
     options.add_argument('run', type=Path, metavar='RUN', help='folder of a run (its --out_dir)')
     options.add_argument('dir', type=Path, metavar='DIR', help='folder to write')
-    options.add_argument('--user', help="a user's number or name, or generalist: the server's tensors alone")
+    options.add_argument('--user', help="a user's name, number or #number, or generalist: the server's tensors alone")
     options.add_argument('--to', choices=('peft', 'merged', 'base'), default='peft', help='what to write (default: peft)')
-    options.add_argument('--base', help="where the base is now (default: the run's init_from)")
+    options.add_argument('--base', type=home, help="where the base is now (default: the run's init_from)")
     options.add_argument('--overwrite', action='store_true', help='replace an earlier export in DIR')
     args = options.parse_args(argv)
     try:

@@ -14,6 +14,7 @@ and so on. Read are config.json, metrics.jsonl and, for fig9, summary.json of a 
 import json
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import die, parser
+from configurator import die, home, parser
 
 # Okabe and Ito's colours, told apart by the colour-blind (grey for their yellow, which is none on paper); markers say it again
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#888888', '#000000')
@@ -138,13 +139,13 @@ def count(n: int) -> str:
 def heading(what: str, runs: list[SimpleNamespace]) -> str:
     """What, on which data, how long; 'scaled down' if that is less than the paper's 200 steps of 64 x 128 tokens, of GPT-2."""
     c, seeds = runs[0].config, sorted({run.config['seed'] for run in runs})
-    rounds, base = max(run.config['rounds'] for run in runs), Path(c['init_from']).stem
+    rounds, base = max(run.config['rounds'] for run in runs), Path(c['init_from']).name.removesuffix('.safetensors')
     small = rounds * c['local_steps'] * c['batch_size'] * c['block_size'] < 200 * 64 * 128 or not base.startswith('gpt2')
     head = f'{what} on {Path(c["dataset"]).name} ({c["target"]} text)' + ', scaled down' * small
     unit = 'bytes' if runs[0].meta.get('tokenizer') == 'bytes' else 'tokens'
-    how = f'{rounds}~x~{c["local_steps"]}~steps of {c["batch_size"]}~x~{c["block_size"]}~{unit}, {base}'
-    text = textwrap.fill(f'{head}: {how}, seed{"s" * (len(seeds) > 1)}~{", ".join(map(str, seeds))}', 58)
-    return text.replace('~', ' ')  # where no line ends
+    how = f'{rounds}\xa0x\xa0{c["local_steps"]}\xa0steps of {c["batch_size"]}\xa0x\xa0{c["block_size"]}\xa0{unit}, {base}'
+    text = textwrap.fill(f'{head}: {how}, seed{"s" * (len(seeds) > 1)}\xa0{", ".join(map(str, seeds))}', 58)
+    return text.replace('\xa0', ' ')  # where no line ends
 
 
 def title_of(run: SimpleNamespace, user: int) -> str:
@@ -311,25 +312,26 @@ def matrices(what: str, folders: list) -> Figure:
 def overview(what: str, folders: list) -> Figure:
     """A run at a glance: test perplexity of every user, dotted the base's; below, the generalists' score in every layer."""
     runs = read_all(folders)
-    first, evals = runs[0], [e for e in runs[0].evals if 'scores' in e]
+    first, evals, named = runs[0], [e for e in runs[0].evals if 'scores' in e], ([], [])
     fig, axes = panels(1 + bool(evals), 1, 2.3, 0.9)
     for i, user in enumerate(first.users):
         xs, mean, _ = curve(runs, user)
         draw_line(axes[0], i, title_of(first, user), xs, mean, linestyle='-')  # dotted is the base
+        named[0].append(axes[0].lines[-1])
         if (base := first.base.get(user)) is not None:
             axes[0].axhline(base, color=COLOURS[i % len(COLOURS)], linewidth=0.8, linestyle=DOTTED)
     axes[0].set(ylabel=perplexity_label(first), title='dotted: the base, before training')
     if evals:
-        layers, named, n = layers_of(first, 48), layers_of(first, 6), first.config['n_generalists']
+        layers, some, n = layers_of(first, 48), layers_of(first, 6), first.config['n_generalists']
         colours = matplotlib.colormaps['viridis'](np.linspace(0, 0.85, len(layers)))
         for i, layer in enumerate(layers):
             xs, values = by_x([(e['x'], sum(e['scores'][layer][:n])) for e in evals])
-            label = f'layer {layer}' if layer in named else None
-            draw_line(axes[1], i, label, xs, [v.mean() for v in values], color=colours[i])
+            draw_line(axes[1], i, f'layer {layer}', xs, [v.mean() for v in values], color=colours[i])
+            named[1].extend(axes[1].lines[-1:] * (layer in some))
         axes[1].set(ylim=(0, 1), ylabel='mean score', title=f'generalist{"s" * (n > 1)}: router score, mean over users')
-    for ax in axes:
+    for ax, lines in zip(axes, named):
         ax.set(xlabel=first.x, xlim=(0, None))
-        ax.legend(loc='upper center', bbox_to_anchor=(0.5, -0.27), ncol=2)
+        ax.legend(handles=lines, loc='upper center', bbox_to_anchor=(0.5, -0.27), ncol=2)  # by itself it hides _names
     fig.suptitle(heading('{} ({})'.format(*method_and_experts(first.config)), runs))
     return fig
 
@@ -340,7 +342,7 @@ PICTURES |= dict.fromkeys(('fig3', 'fig6', 'fig7', 'fig8', 'fig10', 'fig11', 'fi
 
 def draw(kind: str, given: list, out: Path) -> list[Path]:
     """Writes `out` as .png and .svg: the same input, the same bytes. Dies with one line before it writes anything."""
-    with matplotlib.style.context(STYLE):
+    with matplotlib.style.context(STYLE), warnings.catch_warnings(category=UserWarning, action='ignore'):  # no font has it all
         fig = PICTURES[kind](kind.replace('fig', 'Figure '), given)
         out.parent.mkdir(parents=True, exist_ok=True)
         fig.savefig(out.with_suffix('.svg'), metadata={'Date': None})
@@ -358,16 +360,16 @@ def run(folder: str | Path) -> list[Path]:
 def main(argv: list[str]) -> None:
     options = parser(__doc__)
     options.add_argument('kind', choices=PICTURES, help='run: the run itself')
-    options.add_argument('given', nargs='+', metavar='RUN', help='folders of runs; of fig2, data sets under data/')
-    options.add_argument('--out', metavar='FILE.png', help='where the picture goes')
+    options.add_argument('given', nargs='+', type=home, metavar='RUN', help='folders of runs; of fig2, data sets under data/')
+    options.add_argument('--out', type=home, metavar='FILE.png', help='where the picture goes')
     args = options.parse_args(argv)
     if args.kind == 'run' and not args.out:
         for folder in args.given:
             read_all([folder])  # before the first is drawn
         files = [file for folder in args.given for file in run(folder)]
     else:
-        home = args.given[0] if args.kind == 'trust' else 'out'
-        files = draw(args.kind, args.given, Path(args.out or f'{home}/{args.kind}.png'))
+        folder = args.given[0] if args.kind == 'trust' else 'out'
+        files = draw(args.kind, args.given, Path(args.out or f'{folder}/{args.kind}.png'))
     print(*files, sep='\n')
 
 

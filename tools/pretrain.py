@@ -20,9 +20,9 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import checked, die, literal, parser
+from configurator import checked, die, home, literal, parser
 from data.stream import Texts, get_batch
-from model import GPT, GPTConfig, autocast, evaluate, save_gpt
+from model import GPT, GPTConfig, autocast, evaluate, save_gpt, usable
 
 SWITCHES = {
     'dataset': ('base', 'folder under data/'),
@@ -47,10 +47,10 @@ SWITCHES = {
 def read_options(argv: list[str]) -> SimpleNamespace:
     options = parser(__doc__)
     for name, (default, what) in SWITCHES.items():
-        flag = {'nargs': '?', 'const': 'True'} if type(default) is bool else {}
+        flag = {'nargs': '?', 'const': 'True'} if type(default) is bool else {'type': home}
         options.add_argument(f'--{name}', default=default, help=f'{what} (default: {default})', **flag)
     given = vars(options.parse_args(argv))
-    values = {name: literal(value) if type(value) is str else value for name, value in given.items()}
+    values = {name: literal(value, SWITCHES[name][0]) if type(value) is str else value for name, value in given.items()}
     c = SimpleNamespace(**{name: checked(name, values[name], default, False) for name, (default, _) in SWITCHES.items()})
     if Path(c.out).exists() and not c.overwrite:
         die(f'{c.out} exists: give --overwrite or another --out')
@@ -104,7 +104,8 @@ def main(argv: list[str]) -> None:
     c = read_options(argv)
     folder = Path('data', c.dataset)
     try:
-        vocab_size = json.loads((folder / 'meta.json').read_text())['vocab_size']
+        usable(c.device)
+        vocab_size = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))['vocab_size']
         texts = Texts(folder, c.n_positions, vocab_size)
     except (OSError, ValueError, KeyError) as error:
         die(error)
@@ -129,7 +130,7 @@ def main(argv: list[str]) -> None:
         'seconds': round(seconds),
         'torch': torch.__version__,
     }
-    Path(c.out).with_suffix('.json').write_text(json.dumps(note, indent=1) + '\n')
+    Path(c.out).with_suffix('.json').write_text(json.dumps(note, indent=1) + '\n', encoding='utf-8')
     print(f'wrote {c.out} and {Path(c.out).with_suffix(".json")}')
 
 

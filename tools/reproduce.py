@@ -198,7 +198,7 @@ def machine_of(jobs: int, device: str) -> tuple[int, int, list[str], str]:
         automatic = len(gpus) or (1 if device != 'auto' or torch.backends.mps.is_available() else automatic)
     if gpus:  # asked elsewhere: this process should hold no memory of a GPU
         ask = [sys.executable, '-c', 'import torch; print(",", torch.cuda.get_device_name(), end="")']
-        gpu = subprocess.run(ask, capture_output=True, text=True).stdout
+        gpu = subprocess.run(ask, capture_output=True, encoding='utf-8').stdout
     jobs = jobs or automatic
     threads = max(1, cores // jobs)
     words = f'{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs{gpu}, OMP_NUM_THREADS={threads}'
@@ -209,7 +209,7 @@ def locked(dataset: str) -> TextIO:
     """The lock of a data set's runs, which they inherit: it is free when the last one has ended."""
     file = Path('out', 'reproduce', dataset, '.lock')
     file.parent.mkdir(parents=True, exist_ok=True)
-    lock = open(file, 'w')
+    lock = open(file, 'w', encoding='utf-8')
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -220,12 +220,12 @@ def locked(dataset: str) -> TextIO:
 def start(run: dict, gpu: str, threads: int, words: str, lock: int) -> subprocess.Popen:
     """train.py, from where the run stopped, on this GPU ('': whatever there is)."""
     run['folder'].mkdir(parents=True, exist_ok=True)
-    (run['folder'] / 'machine.txt').write_text(words)
+    (run['folder'] / 'machine.txt').write_text(words, encoding='utf-8')
     command = [sys.executable, str(TRAIN), *run['args'], '--overwrite' if rounds_done(run) is None else '--resume']
     env = {**os.environ, 'OMP_NUM_THREADS': str(threads), 'PYTHONUNBUFFERED': '1'}
     if gpu:
         env['CUDA_VISIBLE_DEVICES'] = gpu
-    with open(run['folder'] / 'log.txt', 'a') as log:
+    with open(run['folder'] / 'log.txt', 'a', encoding='utf-8') as log:
         streams = {'stdin': subprocess.DEVNULL, 'stdout': log, 'stderr': subprocess.STDOUT}
         return subprocess.Popen(command, env=env, pass_fds=[lock], **streams)
 
@@ -236,7 +236,7 @@ def ending(run: dict, status: int) -> str:
         result = summary(run)
         return f'{run["name"]}: test perplexity {result["mean_test_ppl"]:.3f}, {result["seconds"]:.0f} s'
     log = run['folder'] / 'log.txt'
-    last = (log.read_text(errors='replace').strip() or 'it wrote nothing').splitlines()[-1]
+    last = (log.read_text(encoding='utf-8', errors='replace').strip() or 'it wrote nothing').splitlines()[-1]
     how = f'was killed by signal {-status}' if status < 0 else f'failed with exit status {status}'
     return f'{run["name"]} {how}: {last} ({log})'
 
@@ -373,7 +373,7 @@ def notes_of(which: str, records: list[dict], configs: dict, setup: dict, comman
     """What stands between the title and the lines. configs: {folder of a run: its configuration}."""
     meta, seeds, machines = setup['meta'], [s['seed'] for s in records[-1]['seeds']], set()
     for folder, c in configs.items():
-        words = (folder / 'machine.txt').read_text() if (folder / 'machine.txt').exists() else 'unknown'
+        words = (folder / 'machine.txt').read_text(encoding='utf-8') if (folder / 'machine.txt').exists() else 'unknown'
         machines.add(f'{words}, torch {c["versions"]["torch"]}, {c["dtype"]} on {c["device"]}')
     commits = sorted({c['git_commit'] or 'unknown' for c in configs.values()})
     ends = [(folder / 'summary.json').stat().st_mtime for folder in configs]
@@ -447,7 +447,7 @@ def setup_of(dataset: str, seeds: list[int], extra: dict) -> dict:
     base = Path(configure([str(config), *(f'--{k}={v}' for k, v in extra.items())]).init_from)
     base_is = hashlib.sha256(base.read_bytes()).hexdigest() if base.is_file() else str(base)
     setup = {'name': name, 'dataset': dataset, 'config': str(config), 'meta': read_json(meta), 'extra': extra, 'seeds': seeds}
-    return {**setup, 'identity': [config.read_text(), setup['meta']['users'], base_is]}
+    return {**setup, 'identity': [config.read_text(encoding='utf-8'), setup['meta']['users'], base_is]}
 
 
 def list_runs(rows: list[dict], setup: dict) -> None:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config.default import COLUMNS, METHODS
-from configurator import cell, die, mean, parser, table
+from configurator import cell, die, home, mean, parser, table
 from data.stream import Texts, encoding
 from eval import open_run, read_run
 from model import GPT, autocast, perplexity, windows
@@ -166,7 +166,7 @@ def main(argv: list[str]) -> None:
     options = parser(__doc__)
     options.add_argument('run', type=Path, metavar='RUN', help='folder of a run (its --out_dir)')
     options.add_argument('--passage_tokens', type=int, help='of each text on the page (default: 400 bytes, or 150 tokens)')
-    options.add_argument('--init_from', help="the base model, if it is no longer where the run's configuration says")
+    options.add_argument('--init_from', type=home, help="the base model, if it is no longer where the run's configuration says")
     options.add_argument('--device', help='cpu, cuda, cuda:N, mps (default: as the run)')
     args = options.parse_args(argv)
     if args.passage_tokens is not None and args.passage_tokens < 1:

@@ -1,7 +1,7 @@
 """Text out of a run's models, printed as it is made: a user's, the server's generalist alone, the frozen base.
 
     python tools/sample.py out/demo --user=0 --prompt="def main" --tokens=200 --temperature=0.8 --top_k=50 --seed=1
-    python tools/sample.py out/demo --user=prose --prompt=FILE:LICENSE --samples=2     # users have names, too; a whole file
+    python tools/sample.py out/demo --user=prose --prompt=FILE:LICENSE --samples=2     # by name; #1 is number 1; a whole file
     python tools/sample.py out/demo --user=generalist                                  # what a newcomer gets; or --user=base
     python tools/sample.py out/demo --compare --prompt="The " --prompt="class "        # all of them, one below the other
     python tools/sample.py out/demo --compare --user=python,3 --temperature=0          # base, generalist and these users
@@ -24,9 +24,9 @@ import torch
 from tiktoken import Encoding
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import die, parser
+from configurator import die, home, parser
 from data.stream import VOCABULARIES, encoding, load_text
-from eval import open_base, open_run
+from eval import open_base, open_run, who_is
 from model import GPT, autocast
 
 RULE, MOST = '-' * 24, 8  # between texts; users that --compare shows if --user names none
@@ -37,7 +37,7 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     options = parser(__doc__)
     add = options.add_argument
     add('run', nargs='?', type=Path, metavar='RUN', help='folder of a run (its --out_dir)')
-    add('--user', metavar='WHO', help='base, generalist, a number or a name (default: the first); of --compare several: 0,2')
+    add('--user', metavar='WHO', help='base, generalist, a name or a number (default: the first); of --compare several: 0,2')
     add('--prompt', action='append', help='text, or FILE:path; may be repeated (default: the start of a document)')
     add('--tokens', type=int, default=200, help='how many to make at most')
     add('--temperature', type=float, default=0.8, help='0 takes the likeliest token')
@@ -45,7 +45,7 @@ def read_options(argv: list[str]) -> argparse.Namespace:
     add('--samples', type=int, default=1, help='of each prompt')
     add('--seed', type=int, default=1)
     add('--compare', action='store_true', help=f'base, generalist and every user (the first {MOST} if --user names none)')
-    add('--init_from', help="the base model: without RUN, or if it is no longer where the run's configuration says")
+    add('--init_from', type=home, help="the base model: without RUN, or if it is no longer where the run's configuration says")
     add('--device', help='cpu, cuda, cuda:N, mps (default: as the run; cpu without)')
     args = options.parse_args(argv)
     if not args.run and not args.init_from:
@@ -68,23 +68,16 @@ def open_models(args: argparse.Namespace) -> tuple[dict[str, GPT], dict[str, str
 
 
 def pick(args: argparse.Namespace, models: dict[str, GPT], names: dict[str, str]) -> dict[str, GPT]:
-    """{title: model} of those that are to write. Dies for one that is not there."""
-    whom = [args.user or [*names, 'base'][0]]
+    """{title: model} of those that are to write. Raises ValueError for one that is not there."""
+    words, numbers = [key for key in models if key not in names], [f'#{number}' for number in names]
+    whom = [args.user or [*numbers, 'base'][0]]
     if args.compare:
-        whom = [*(key for key in models if key not in names), *(args.user.split(',') if args.user else [*names][:MOST])]
+        several = [args.user] if args.user in names.values() else args.user.split(',') if args.user else numbers[:MOST]
+        whom = [*words, *several]
         if not args.user and len(names) > MOST:
             print(f'sample.py: the first {MOST} of {len(names)} users; --user=0,3 would name others', file=sys.stderr)
-    keys = [find(who, models, names) for who in whom]
+    keys = [who_is(who, names, *words) for who in whom]
     return {f'{key} {names[key]}' if key in names else key: models[key] for key in keys}
-
-
-def find(who: str, models: dict[str, GPT], names: dict[str, str]) -> str:
-    """The key in models of --user=who: base, generalist or a user's number, else a name that one user has. Dies without one."""
-    keys = [who] if who in models else [number for number, name in names.items() if name == who]
-    if len(keys) != 1:
-        known = [f'{key} ({names[key]})' if key in names else key for key in models]
-        die(f'--user={who}: expected one of {", ".join(known[:12])}{", ..." if len(known) > 12 else ""}')
-    return keys[0]
 
 
 def tokenizer_of(base: GPT) -> Encoding:
@@ -98,7 +91,7 @@ def tokenizer_of(base: GPT) -> Encoding:
 def read_prompt(prompt: str, enc: Encoding, n_positions: int) -> tuple[str, list[int]]:
     """(text, tokens) of a prompt, or of a file if it reads FILE:path: the last n_positions tokens. An empty one is the start
     of a document: what follows end-of-text for GPT-2; what follows a newline for bytes, where no such token separates them."""
-    file = prompt[5:] if prompt.startswith('FILE:') else None
+    file = home(prompt[5:]) if prompt.startswith('FILE:') else None
     ids = enc.encode_ordinary(prompt) if file is None else load_text(file, enc.name).tolist()
     if len(ids) > n_positions:
         print(f'sample.py: a prompt of {len(ids)} tokens: the model sees the last {n_positions}', file=sys.stderr)
@@ -134,10 +127,10 @@ def main(argv: list[str]) -> None:
     try:
         models, names, dtype = open_models(args)
         enc = tokenizer_of(models['base'])
+        chosen = pick(args, models, names)
         prompts = [read_prompt(prompt, enc, models['base'].config.n_positions) for prompt in args.prompt or ['']]
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         die(error)
-    chosen = pick(args, models, names)
     jobs = [(*prompt, args.seed + i) for prompt in prompts for i in range(args.samples)]
     try:
         with autocast(models['base'].wte.weight.device, dtype):
@@ -153,8 +146,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    sys.stdout.reconfigure(errors='replace')  # a terminal that does not speak UTF-8
-    for name in ('SIGPIPE', 'SIGINT'):  # `| head` and Ctrl-C end it as they end other tools: at once, without a traceback
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it as it ends other tools: at once, without a traceback
     main(sys.argv[1:])
