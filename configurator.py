@@ -23,6 +23,7 @@ import numpy as np
 from config import default
 from config.default import COLUMNS, FIT, GONE, LEGAL, METHODS, MUST, PER_USER
 
+DATA = Path(__file__).resolve().parent / 'data'
 SWITCHES = {k: v for k, v in vars(default).items() if k.islower() and not k.startswith('_')}
 
 
@@ -175,6 +176,11 @@ def list_methods() -> str:
 
 
 # ---- what other commands share -------------------------------------------------------------------------------------
+def folder_of(dataset: str) -> Path:
+    """A data set's folder: of a plain name the project's own data/NAME, wherever a command runs; a path is taken as typed."""
+    return Path(dataset) if {'/', os.sep} & set(dataset) else DATA / dataset
+
+
 def parser(doc: str) -> argparse.ArgumentParser:
     """Of a command in tools/ or data/: its docstring is its manual, bad input is one line."""
     made = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -278,6 +278,12 @@ def fingerprint(model: GPT) -> str:
 
 
 # ---- a base from the Hub or a file -----------------------------------------------------------------------------------
+def find_base(source: str) -> Path:
+    """A path as typed; what is not there is looked for in the project's own folder, such as assets/base-tiny.safetensors."""
+    own = Path(__file__).resolve().parent / source
+    return own if own.exists() and not Path(source).exists() else Path(source)
+
+
 def load_gpt(source: str) -> GPT:
     """A GPT-2 in float32 on the CPU, from one of
 
@@ -289,7 +295,7 @@ def load_gpt(source: str) -> GPT:
     if source in HUB:
         files, config_file = download(HUB[source])
     else:
-        path = Path(source)
+        path = find_base(source)
         if not path.exists():
             raise ValueError(f'no base model at {source!r}: give a file, a folder, or one of {", ".join(HUB)}')
         if path.is_dir():

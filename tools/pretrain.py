@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import checked, die, literal, parser
+from configurator import checked, die, folder_of, literal, parser
 from data.stream import Texts, get_batch
 from model import GPT, GPTConfig, autocast, evaluate, save_gpt
 
@@ -102,7 +102,7 @@ def worth(model: GPT, user: dict, valid: np.ndarray) -> dict:
 
 def main(argv: list[str]) -> None:
     c = read_options(argv)
-    folder = Path('data', c.dataset)
+    folder = folder_of(c.dataset)
     try:
         vocab_size = json.loads((folder / 'meta.json').read_text())['vocab_size']
         texts = Texts(folder, c.n_positions, vocab_size)
