@@ -9,7 +9,8 @@ multilingual  Wikipedia in one language per user: de, nl, fr, it
 slimpajama    one source per user: StackExchange, Github, ArXiv, Book
 local         one user per sub-folder of --source, at any depth of which is read: text in UTF-8, whatever the file's name, and
               .jsonl, .jsonl.gz, .csv, .parquet with a column 'text'. Of ten or more text files each is one document, fewer are
-              cut into paragraphs at blank lines. Without sub-folders: one user per file (.txt or one of those four)
+              cut into paragraphs at blank lines, or lines where there are none. Without sub-folders: one user per file (.txt or
+              one of those four)
 demo          four users, or thousands with --alpha, out of text that is installed with Python and its packages: no download
 base          what tools/pretrain.py trains on: English Wikipedia and the installed text that demo does not use"""
 
@@ -253,7 +254,8 @@ def documents_in(spool: BinaryIO, part: np.ndarray, size: float, enc: Encoding, 
         spool.seek(place)
         ids = np.frombuffer(spool.read(n * dtype.itemsize), dtype)
         if i == 0:  # 'ignore': a lone document may have been cut within a character
-            ids = encode(enc, enc.decode_bytes(ids.tolist()).decode('utf-8', 'ignore')[len(separator) :])
+            raw = b''.join(enc.decode_bytes(some.tolist()) for some in np.array_split(ids, len(ids) // 2**16 + 1))
+            ids = encode(enc, raw.decode('utf-8', 'ignore')[len(separator) :])
         yield ids[:left]
         left -= len(ids[:left])
         if left == 0:
@@ -340,7 +342,7 @@ def prepare(options: dict) -> dict:
         streams = (
             {split: documents_in(spool, parts[i, split], asked[split][i], enc, separator) for split in SPLITS} for i in users
         )
-        n_bytes = np.array([len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)])
+        n_bytes = np.array([len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)], np.uint16)
         meta = write_streams(folder, names, streams, enc.n_vocab, meta, n_bytes)
     report(meta, asked, chosen['tokens'] if options['set'] in sources.CATEGORIES and alpha is None else None, supply)
     print(f'wrote {printable(folder)}')

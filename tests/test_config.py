@@ -1,12 +1,14 @@
 """configurator.py and config/default.py: what a command line may say, one line for what it may not, and the tables of both."""
 
 import re
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, refused
 
 from config.default import COLUMNS, FIT, GONE, LEGAL, METHODS, MUST, PER_USER
-from configurator import SWITCHES, configure, die, fit, list_methods, parser, table
+from configurator import SWITCHES, configure, die, fit, folder_of, list_methods, parser, table
+from model import find_base
 
 
 def settle(argv: list[str], N: int, n_positions: int):
@@ -254,3 +256,20 @@ def test_a_command_of_tools_is_as_strict(capsys):
 def test_table_layout():
     text = table(['a', 'long name'], [['x', 1.23456], ['yy', None]])
     assert text.splitlines() == ['a   long name', '-------------', 'x       1.235', 'yy          -']
+
+
+def test_a_data_set_is_found_from_every_folder(tmp_path, monkeypatch):
+    """A plain name is the project's own data/NAME, with a slash it is a path; assets/ are the project's, too."""
+    monkeypatch.chdir(tmp_path)
+    for typed, folder in (
+        ('mine', ROOT / 'data' / 'mine'),
+        ('./mine', Path('mine')),
+        ('a/b', Path('a/b')),
+        ('/a/b', Path('/a/b')),
+    ):
+        assert folder_of(typed) == folder
+    assert find_base('assets/base-tiny.safetensors') == ROOT / 'assets/base-tiny.safetensors'
+    assert find_base('nowhere') == Path('nowhere')
+    (tmp_path / 'assets').mkdir()
+    (tmp_path / 'assets' / 'base-tiny.safetensors').touch()
+    assert find_base('assets/base-tiny.safetensors') == Path('assets/base-tiny.safetensors')

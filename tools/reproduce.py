@@ -443,7 +443,7 @@ def setup_of(dataset: str, seeds: list[int], extra: dict) -> dict:
     tokenizer = ' --tokenizer=bytes' * (variant == 'bytes')
     prepare = f'python data/prepare.py {name}{tokenizer}' + f' --name={dataset}' * bool(variant)
     if '/' in dataset or not config.exists() or not meta.exists():
-        die(f'--dataset={dataset}: it needs {config} and {meta}, which comes from {prepare}')
+        die(f'--dataset={dataset}: it needs config/{name}.py and data/{dataset}/meta.json, which comes from {prepare}')
     base = configure([str(config), *(f'--{k}={v}' for k, v in extra.items())]).init_from
     files = [path for path in (Path(base), TRAIN.parent / base) if path.is_file()]
     base_is = hashlib.sha256(files[0].read_bytes()).hexdigest() if files else base
