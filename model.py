@@ -278,12 +278,6 @@ def fingerprint(model: GPT) -> str:
 
 
 # ---- a base from the Hub or a file -----------------------------------------------------------------------------------
-def find_base(source: str) -> Path:
-    """A path as typed; what is not there is looked for in the project's own folder, such as assets/base-tiny.safetensors."""
-    own = Path(__file__).resolve().parent / source
-    return own if own.exists() and not Path(source).exists() else Path(source)
-
-
 def load_gpt(source: str) -> GPT:
     """A GPT-2 in float32 on the CPU, from one of
 
@@ -295,7 +289,7 @@ def load_gpt(source: str) -> GPT:
     if source in HUB:
         files, config_file = download(HUB[source])
     else:
-        path = find_base(source)
+        path = Path(source) if Path(source).exists() else Path(__file__).resolve().parent / source  # such as assets/...
         if not path.exists():
             raise ValueError(f'no base model at {source!r}: give a file, a folder, or one of {", ".join(HUB)}')
         if path.is_dir():

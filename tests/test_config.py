@@ -8,7 +8,7 @@ from conftest import ROOT, refused
 
 from config.default import COLUMNS, FIT, GONE, LEGAL, METHODS, MUST, PER_USER
 from configurator import SWITCHES, configure, die, fit, folder_of, list_methods, parser, table
-from model import find_base
+from model import load_gpt
 
 
 def settle(argv: list[str], N: int, n_positions: int):
@@ -268,8 +268,10 @@ def test_a_data_set_is_found_from_every_folder(tmp_path, monkeypatch):
         ('/a/b', Path('/a/b')),
     ):
         assert folder_of(typed) == folder
-    assert find_base('assets/base-tiny.safetensors') == ROOT / 'assets/base-tiny.safetensors'
-    assert find_base('nowhere') == Path('nowhere')
+    assert load_gpt('assets/base-tiny.safetensors').config.vocab_size == 257
+    with pytest.raises(ValueError, match="no base model at 'nowhere'"):
+        load_gpt('nowhere')
     (tmp_path / 'assets').mkdir()
     (tmp_path / 'assets' / 'base-tiny.safetensors').touch()
-    assert find_base('assets/base-tiny.safetensors') == Path('assets/base-tiny.safetensors')
+    with pytest.raises(ValueError, match='assets/base-tiny.safetensors cannot be read'):  # the one that is meant
+        load_gpt('assets/base-tiny.safetensors')

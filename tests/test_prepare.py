@@ -842,7 +842,7 @@ def test_force_replaces_its_own_files_only(tmp_path, capsys, monkeypatch):
     assert run(*common, '--users=2', '--alpha=1', '--force') == 0  # of two users: the other files are gone
     read_again = Texts(mine, 8, 257)
     assert len(read_again.names) == 2 and (far / 'thesis.txt').read_text() == 'years' and len([*far.iterdir()]) == 8
-    assert (far / 'user1_test.bin').is_symlink() and (tmp_path / 'elsewhere.bin').stat().st_size == 400 and mine.is_symlink()
+    assert (far / 'user1_test.bin').is_symlink() and (tmp_path / 'elsewhere.bin').stat().st_size == 800 and mine.is_symlink()
     for _ in range(2):
         assert run(*common, '--seed=7', '--force') == 0 and hashes(mine) == before
     place(far, {'user9_test.bin': 'mine'})
