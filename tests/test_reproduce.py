@@ -323,7 +323,8 @@ def test_ctrl_c_ends_the_runs_and_the_same_command_goes_on(place, capsys):
     args = ['table4', '--dataset=tiny', '--seeds=1', '--jobs=1', '--device=cpu', '--rounds=500']
     own = f'import signal, sys; sys.path.insert(0, {str(ROOT)!r})\nimport pathlib, configurator\nfrom tools import reproduce\n'
     own += "reproduce.TRAIN = pathlib.Path(__file__).with_name('train.py')\n"
-    own += "configurator.DATA = reproduce.TRAIN.with_name('data')\nsignal.signal(signal.SIGTERM, signal.default_int_handler)\nreproduce.main(sys.argv[1:])\n"
+    own += "configurator.DATA = reproduce.TRAIN.with_name('data')\n"
+    own += 'signal.signal(signal.SIGTERM, signal.default_int_handler)\nreproduce.main(sys.argv[1:])\n'
     (place / 'reproduce.py').write_text(own)
     command = [sys.executable, str(place / 'reproduce.py'), *args]
 
