@@ -161,7 +161,7 @@ def test_gpt2_stream_is_the_joined_text(separator, monkeypatch):
     texts = ["'s odd", 'Rojo Tracks', 'two\n\nlines', '...', '2 numbers 3', 'naïve 日本語', '<|endoftext|>', "don't", 'é']
     asked, shares = {split: [1000] for split in SPLITS}, {split: np.ones((1, 1)) for split in SPLITS}
     spool, kept = io.BytesIO(), []
-    pools = prepare.fill([('x', zip(itertools.repeat(0), texts), (0,))], ['x'], asked, shares, enc, separator, None, spool)
+    pools, _ = prepare.fill([('x', zip(itertools.repeat(0), texts), (0,))], ['x'], asked, shares, enc, separator, None, spool)
     for part in prepare.deal(pools, asked, shares, 0).values():
         tokens = np.concatenate(list(prepare.documents_in(spool, part, 1000, enc, separator)))
         joined = enc.decode(tokens.tolist())
