@@ -24,6 +24,7 @@ from config import default
 from config.default import COLUMNS, FIT, GONE, LEGAL, METHODS, MUST, PATHS, PER_USER
 
 home = os.path.expanduser  # the path with ~ spelt out, which a shell does not do after `=`; what is nobody's home stays
+DATA = Path(__file__).resolve().parent / 'data'
 SWITCHES = {k: v for k, v in vars(default).items() if k.islower() and not k.startswith('_')}
 
 
@@ -199,6 +200,11 @@ def list_methods() -> str:
 
 
 # ---- what other commands share -------------------------------------------------------------------------------------
+def folder_of(dataset: str) -> Path:
+    """A data set's folder: of a plain name the project's own data/NAME, wherever a command runs; a path is taken as typed."""
+    return Path(dataset) if {'/', os.sep} & set(dataset) else DATA / dataset
+
+
 def parser(doc: str) -> argparse.ArgumentParser:
     """Of a command in tools/ or data/: its docstring is its manual, bad input is one line, ~ in a Path is the home folder."""
     steady_output()

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from configurator import die, home, mean, parser, table
+from configurator import die, folder_of, home, mean, parser, table
 from data.stream import Texts
 from federate import ONE_MODEL, Tensors
 from lora_moe import add_lora, roles, shape_of
@@ -119,7 +119,7 @@ def rebuild(base: GPT, shape: dict, tensors: Tensors) -> GPT:
 
 def texts(opened: SimpleNamespace, target: str) -> list[dict]:
     """The streams of the users whose text the run is tested on."""
-    data = Texts(Path('data', opened.c.dataset), opened.c.block_size, opened.base.config.vocab_size, target)
+    data = Texts(folder_of(opened.c.dataset), opened.c.block_size, opened.base.config.vocab_size, target)
     return [data.of(i) for i in opened.ids]
 
 

@@ -298,7 +298,9 @@ def load_gpt(source: str) -> GPT:
     - a .safetensors file written by save_gpt (our own format), or one of the Hub's with config.json beside it.
 
     Raises ValueError or OSError with one line that says what is wrong. Never executes code from a file."""
-    files = download(HUB[source]) if source in HUB else weight_files(Path(source))
+    own = Path(__file__).resolve().parent / source  # such as assets/base-tiny.safetensors, from every folder
+    path = own if own.exists() and not Path(source).exists() else Path(source)
+    files = download(HUB[source]) if source in HUB else weight_files(path)
     tensors, own_config = {}, None
     for file in files:
         found, metadata = read_tensors(file)

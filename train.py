@@ -14,13 +14,12 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 import federate
-from configurator import configure, die, fit
+from configurator import configure, die, fit, folder_of
 from data.stream import Texts
 from federate import Tensors
 from model import GPT, fast_fp32, fingerprint, load_gpt, store_in_bf16, usable
@@ -75,7 +74,7 @@ def prepare(c: SimpleNamespace) -> tuple[Fleet, Journal, Tensors]:
     try:
         c.device = pick_device(c.device)
         base = load_gpt(c.init_from).to(c.device)
-        texts = Texts(Path('data', c.dataset), c.block_size, base.config.vocab_size, c.target, c.pooled)
+        texts = Texts(folder_of(c.dataset), c.block_size, base.config.vocab_size, c.target, c.pooled)
         fit(c, N=len(texts.n_train), n_positions=base.config.n_positions)
         c.n_train, c.vocab_size = texts.n_train, base.config.vocab_size
         fleet = Fleet(c, base, texts, journal)

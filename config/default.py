@@ -5,7 +5,7 @@ the row that `method` names, then files and flags in the order given."""
 
 # fmt: off
 method = 'comigs_1g1s'          # a row of METHODS below; sets the switches of COLUMNS
-dataset = 'demo'                # folder under data/, made by data/prepare.py
+dataset = 'demo'                # a name in the project's data/, made by data/prepare.py; or a path, with a slash
 target = 'own'                  # valid and test text: 'own' category, or a 'mixture' of all users' categories
 init_from = 'gpt2'              # gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder or a .safetensors file
 init_adapter = ''               # folder of a PEFT LoRA adapter that generalists and attention LoRAs start from; '': fresh ones

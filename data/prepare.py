@@ -9,7 +9,8 @@ multilingual  Wikipedia in one language per user: de, nl, fr, it
 slimpajama    one source per user: StackExchange, Github, ArXiv, Book
 local         one user per sub-folder of --source, at any depth of which is read: text in UTF-8, whatever the file's name, and
               .jsonl, .jsonl.gz, .csv, .parquet with a column 'text'. Of ten or more text files each is one document, fewer are
-              cut into paragraphs at blank lines. Without sub-folders: one user per file (.txt or one of those four)
+              cut into paragraphs at blank lines, or lines where there are none. Without sub-folders: one user per file (.txt or
+              one of those four)
 demo          four users, or thousands with --alpha, out of text that is installed with Python and its packages: no download
 base          what tools/pretrain.py trains on: English Wikipedia and the installed text that demo does not use"""
 
@@ -20,6 +21,7 @@ import re
 import sys
 import tempfile
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,8 +34,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import die, parser, table
 from data import sources
-from data.sources import MANY
-from data.stream import SPLITS, encoding, write_streams
+from data.sources import MANY, printable
+from data.stream import SPLITS, clean, encoding, own_files, write_streams
 
 BASE_TOKENS = 80_000_000  # English Wikipedia to take from the Hub for base; everything when it comes from --source
 BATCH_CHARS = 1_000_000  # text that is tokenised at once
@@ -146,16 +148,20 @@ def encode_all(enc: Encoding, texts: list[str]) -> list[np.ndarray]:
     return tokens
 
 
-def batches(documents: Iterable[tuple[int, str]], shorten: Callable[[str], str], seen: set) -> Iterator[list[tuple[int, str]]]:
-    """The (category, text) of documents, stripped and shortened, BATCH_CHARS characters at a time: without empty texts and
-    those whose hash is in `seen`, where it adds the others."""
+def batches(
+    documents: Iterable[tuple[int, str]], shorten: Callable[[str], str], seen: dict, copies: Counter
+) -> Iterator[list[tuple[int, str]]]:
+    """The (category, text) of documents, clean, stripped and shortened, BATCH_CHARS characters at a time: without empty texts
+    and those whose hash is in `seen`, {hash: category}, where it adds the others. Counts copies: (category, whose they are)."""
     batch, chars = [], 0
     for category, text in documents:
-        text = shorten(text.strip().encode('utf-8', 'replace').decode())  # JSON may hold lone surrogates
+        text = shorten(clean(text).strip().encode('utf-8', 'replace').decode())  # JSON may hold lone surrogates
         key = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        if key in seen:
+            copies[category, seen[key]] += 1
         if not text or key in seen:
             continue
-        seen.add(key)
+        seen[key] = category
         batch.append((category, text))
         chars += len(text)
         if chars >= BATCH_CHARS:
@@ -166,17 +172,18 @@ def batches(documents: Iterable[tuple[int, str]], shorten: Callable[[str], str],
 
 def fill(
     streams: list, names: list, asked: dict, shares: dict, enc: Encoding, separator: str, max_chars: int | None, spool: BinaryIO
-) -> list[np.ndarray]:
+) -> tuple[list[np.ndarray], str]:
     """Write the distinct documents of `streams` (data/sources.py), each as tokens of separator + text, to the file `spool`,
     until all that is asked is there.
 
-    Returns per category (documents, 2): a document's place in `spool`, in bytes, and its number of tokens. Memory, however
-    long the streams are: a batch of text, the shuffle buffer, and about 150 bytes per document for its hash and its place.
+    Returns per category (documents, 2): a document's place in `spool`, in bytes, and its number of tokens; and in words how
+    much there is of each. Memory, however long the streams are: a batch of text, the shuffle buffer, and about 150 bytes per
+    document for its hash and its place.
     Raises ValueError for a category without documents."""
     wants = [wanted(asked, shares, category) for category in range(len(names))]
     need = [sum(want for _, _, want, _ in some) for some in wants]  # inf where somebody takes a fraction
     pools = [array('q') for _ in names]
-    tokens, longest, seen, n_cut = [0] * len(need), [0] * len(need), set(), 0
+    tokens, longest, seen, copies, n_cut = [0] * len(need), [0] * len(need), {}, Counter(), 0
 
     def enough(category: int) -> bool:  # every split may waste the rest of a document
         return tokens[category] >= need[category] + len(wants[category]) * longest[category]
@@ -191,7 +198,7 @@ def fill(
             continue
         documents = tqdm(documents, desc=label, unit=' documents', disable=None)
         missing = ((category, text) for category, text in documents if not enough(category))
-        for batch in batches(missing, shorten, seen):
+        for batch in batches(missing, shorten, seen, copies):
             for (category, _), ids in zip(batch, encode_all(enc, [separator + text for _, text in batch])):
                 pools[category].extend((spool.tell(), len(ids)))
                 spool.write(ids)
@@ -199,12 +206,16 @@ def fill(
                 longest[category] = max(longest[category], len(ids))
             if all(map(enough, feeds)):
                 break
-    for name, pool, some in zip(names, pools, wants):
-        if some and not pool:
-            raise ValueError(f'there are no documents of {name}: nothing to prepare')
+    supply = []
+    for i, name in enumerate(names):
+        n = {names[owner]: n for (copy, owner), n in copies.items() if copy == i != owner}
+        same = f'{sum(n.values()):,} copies of documents of {" and ".join([*n][:3])}' if n else ''
+        if wants[i] and not pools[i]:
+            raise ValueError(f'there are no documents of {name}: {f"there are only {same}" if n else "nothing to prepare"}')
+        supply.append(f'{name}: {tokens[i]:,} tokens in {len(pools[i]) // 2:,} documents{f", beside {same}" if n else ""}')
     if n_cut:
         print(f'{n_cut} documents longer than {max_chars:,} characters were cut there (--max_chars)')
-    return [np.array(pool).reshape(-1, 2) for pool in pools]
+    return [np.array(pool).reshape(-1, 2) for pool in pools], ', '.join(supply)
 
 
 def deal(pools: list, asked: dict, shares: dict, seed: int) -> dict[tuple[int, str], np.ndarray]:
@@ -243,7 +254,8 @@ def documents_in(spool: BinaryIO, part: np.ndarray, size: float, enc: Encoding, 
         spool.seek(place)
         ids = np.frombuffer(spool.read(n * dtype.itemsize), dtype)
         if i == 0:  # 'ignore': a lone document may have been cut within a character
-            ids = encode(enc, enc.decode_bytes(ids.tolist()).decode('utf-8', 'ignore')[len(separator) :])
+            raw = b''.join(enc.decode_bytes(some.tolist()) for some in np.array_split(ids, len(ids) // 2**16 + 1))
+            ids = encode(enc, raw.decode('utf-8', 'ignore')[len(separator) :])
         yield ids[:left]
         left -= len(ids[:left])
         if left == 0:
@@ -279,8 +291,6 @@ def check(options: dict) -> Path:
     """The folder to write. Raises ValueError for options that cannot work, before anything is read or written."""
     chosen, source, name, alpha = (options[key] for key in ('set', 'source', 'name', 'alpha'))
     folder = Path(options['out_root'], name)
-    prepared = (folder / 'meta.json').exists()
-    taken = not prepared and folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     refused = {
         'local needs --source=FOLDER': chosen == 'local' and not source,
         'demo takes no --source: its text is installed': chosen == 'demo' and source,
@@ -289,8 +299,6 @@ def check(options: dict) -> Path:
         and not Path(source or '').is_dir(),
         f'--name={name}: expected a plain folder name': not re.fullmatch(r'\w[\w.-]*', name),
         f'--alpha={alpha}: expected a positive number': alpha is not None and not 0 < alpha < np.inf,
-        f'{folder} is already prepared: give --force to replace it, or another --name': prepared and not options['force'],
-        f'{folder} exists and is not a prepared data set: move it away, or give another --name': taken,
     }
     for option, least in (('users', 1), ('max_chars', 1), ('seed', 0)):
         value = options[option]
@@ -298,6 +306,8 @@ def check(options: dict) -> Path:
     for why, so in refused.items():
         if so:
             raise ValueError(why)
+    if own_files(folder) and not options['force']:
+        raise ValueError(f'{folder} is already prepared: give --force to replace it, or another --name')
     return folder
 
 
@@ -319,13 +329,11 @@ def prepare(options: dict) -> dict:
             ' + '.join(f'{share:.0%} {name}' for name, share in zip(categories, row) if share >= 0.05) or 'mixture'
             for row in shares['train']
         ]
-    meta = {key: options[key] for key in ('name', 'tokenizer', 'seed')} | {'source': where, 'separator': separator}
-    meta['options'] = options | {key: options[key] and Path(options[key]).name for key in ('source', 'out_root')}
+    meta = {key: options[key] for key in ('name', 'tokenizer', 'seed')}
+    meta |= {'source': [*map(printable, where)], 'separator': separator}
+    meta['options'] = options | {key: options[key] and printable(Path(options[key]).name) for key in ('source', 'out_root')}
     with tempfile.TemporaryFile(dir=next(parent for parent in folder.absolute().parents if parent.exists())) as spool:
-        filled = fill(streams, pools, asked, shares, enc, separator, options['max_chars'], spool)
-        supply = ', '.join(
-            f'{name}: {pool[:, 1].sum():,} tokens in {len(pool):,} documents' for name, pool in zip(pools, filled)
-        )
+        filled, supply = fill(streams, pools, asked, shares, enc, separator, options['max_chars'], spool)
         parts = deal(filled, asked, shares, options['seed'])
         for (user, split), part in parts.items():
             if part[:, 1].sum() < LEAD + 2:
@@ -334,10 +342,10 @@ def prepare(options: dict) -> dict:
         streams = (
             {split: documents_in(spool, parts[i, split], asked[split][i], enc, separator) for split in SPLITS} for i in users
         )
-        n_bytes = np.array([len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)])
+        n_bytes = np.array([len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)], np.uint16)
         meta = write_streams(folder, names, streams, enc.n_vocab, meta, n_bytes)
     report(meta, asked, chosen['tokens'] if options['set'] in sources.CATEGORIES and alpha is None else None, supply)
-    print(f'wrote {folder}')
+    print(f'wrote {printable(folder)}')
     return meta
 
 
@@ -346,10 +354,11 @@ def main(argv: list[str]) -> None:
     add = command.add_argument
     add('set', choices=SETS, metavar='NAME', help=' | '.join(SETS))
     columns = 'train.*, test.* (agnews), de.*, ... (multilingual), train.* (slimpajama); .jsonl, .jsonl.gz, .csv, .parquet'
-    add('--source', metavar='PATH', help=f'local file or folder with the columns of the Hub, instead of the Hub: {columns}')
+    path = {'type': os.path.expanduser}  # a shell leaves the ~ of --source=~/x as it is
+    add('--source', metavar='PATH', **path, help=f"local file or folder with the Hub's columns, instead of the Hub: {columns}")
     add('--tokenizer', choices=('gpt2', 'bytes'), help='default gpt2; bytes in demo and base')
     add('--name', help='folder name, default NAME')
-    add('--out_root', default=str(Path(__file__).resolve().parent), help='where the folder goes, default data/')
+    add('--out_root', default=str(Path(__file__).resolve().parent), help='where the folder goes, default data/', **path)
     add('--seed', type=int, default=42)
     add('--users', type=int, help='number of users, default: one per category')
     for split in SPLITS:
@@ -364,7 +373,7 @@ def main(argv: list[str]) -> None:
     try:
         prepare(options)
     except (ValueError, OSError) as error:
-        die(error)
+        die(printable(' '.join(str(error).split())))
 
 
 if __name__ == '__main__':

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from data.installed import base_documents, demo_documents, many_documents
+from data.stream import SPLITS, is_text
 
 BUFFER = 10_000  # rows that are shuffled at a time, but for agnews
 MANY = 32  # users, beyond which a demo's files are several documents each and a report is a summary
@@ -37,20 +38,24 @@ CATEGORIES = {  # of the paper's sets
 # ---- rows: dictionaries, from the Hub or from files -----------------------------------------------------------------
 
 
+def printable(text: object) -> str:
+    """'?' for what could command a terminal or is not UTF-8, as files' names may hold."""
+    return re.sub(r'[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]', '?', str(text))
+
+
 def one_line(message: object) -> str:
-    """Short, without line breaks; '?' for what is not UTF-8 in a file's name."""
-    return ' '.join(str(message).split())[:500].encode('utf-8', 'replace').decode()
+    return printable(' '.join(str(message).split())[:500])
 
 
-def hub_rows(repository: str, config: str | None, split: str, seed: int, buffer: int) -> Iterator[dict]:
-    """Rows of a parquet data set on the Hub, streamed and shuffled. Raises OSError when they cannot be read."""
+def hub_rows(repository: str, config: str | None, split: str, seed: int, buffer: int) -> Iterator[tuple[str, dict]]:
+    """(repository, row) of a parquet data set on the Hub, streamed and shuffled. Raises OSError when they cannot be read."""
     import datasets
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # it warns at every retry
     try:
         stream = datasets.load_dataset(repository, config, split=split, streaming=True)
-        yield from stream.shuffle(seed=seed, buffer_size=buffer)
+        yield from ((repository, row) for row in stream.shuffle(seed=seed, buffer_size=buffer))
     except Exception as error:  # the Hub's client, its transport and parquet each have their own
         raise OSError(
             f'{repository} cannot be read from the Hugging Face Hub ({type(error).__name__}: {one_line(error)}): '
@@ -58,33 +63,54 @@ def hub_rows(repository: str, config: str | None, split: str, seed: int, buffer:
         ) from None
 
 
-def file_rows(file: Path, whole: bool = False) -> Iterator[dict]:
-    """Rows of a local file; text, all but ROWS: one per paragraph, or the whole file. Raises ValueError naming the file."""
+def file_rows(file: Path, unit: str = 'paragraph') -> Iterator[tuple[str, dict]]:
+    """(where it begins, row) of every row of a local file; text, all but ROWS: one per line, paragraph or file (`unit`).
+    Raises ValueError naming the file and the line, or a parquet file's row."""
+    place = str(file)
     try:
         if file.suffix == '.parquet':
             import pyarrow.parquet
 
-            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
+            batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024)
+            for n, row in enumerate(itertools.chain.from_iterable(batch.to_pylist() for batch in batches), 1):
+                yield f'{file}, row {n}', row
             return
-        opener, newline = gzip.open if file.name.endswith('.jsonl.gz') else open, '' if file.suffix == '.csv' else '\n'
-        with opener(file, 'rt', encoding='utf-8-sig', newline=newline) as lines:
+        opener = gzip.open if file.name.endswith('.jsonl.gz') else open
+        with opener(file, 'rt', encoding='utf-8-sig', newline='' if file.suffix == '.csv' else None) as lines:
             if not file.name.endswith(ROWS):
-                parts = ((False, lines),) if whole else itertools.groupby(lines, str.isspace)
-                yield from ({'text': ''.join(part).replace('\r\n', '\n')} for blank, part in parts if not blank)
+                parts = ((False, lines),) if unit == 'file' else itertools.groupby(lines, str.isspace)
+                for blank, part in parts:
+                    texts = () if blank else part if unit == 'line' else (''.join(part),)
+                    yield from ((place, {'text': text}) for text in texts)
             elif file.suffix == '.csv':
                 csv.field_size_limit(2**31 - 1)
-                yield from csv.DictReader(lines)
+                reader, header = csv.reader(lines, strict=True), []
+                for fields in itertools.chain([[]], reader):
+                    if fields and header and len(fields) != len(header):
+                        many = f'{len(fields)} fields, but the header has {len(header)}'
+                        raise ValueError(f'{many}: a text with commas or quotes needs "..." around it, quotes in it doubled')
+                    if fields and header:
+                        yield place, dict(zip(header, fields))
+                    elif fields:
+                        header = fields
+                        if twice := {name for name in header if name and header.count(name) > 1}:
+                            raise ValueError(f'two columns of the name {", ".join(sorted(twice))}')
+                    place = f'{file}, line {reader.line_num + 1}'
             else:
-                for row in map(json.loads, filter(str.strip, lines)):
-                    if not isinstance(row, dict):
-                        raise ValueError('a line is not a JSON object')
-                    yield row
+                for n, line in enumerate(lines, 1):
+                    place = f'{file}, line {n}'
+                    if line.strip():
+                        row = json.loads(line)
+                        if not isinstance(row, dict):
+                            raise ValueError('it is not a JSON object')
+                        yield place, row
     except Exception as error:  # of gzip, zlib, csv, json, pyarrow or the file system
-        raise ValueError(f'{file} cannot be read ({type(error).__name__}: {one_line(error)})') from None
+        why = f'{error.msg} at character {error.colno}' if isinstance(error, json.JSONDecodeError) else one_line(error)
+        why += ': a quote is not closed, or one inside quotes is not doubled' * isinstance(error, csv.Error)
+        raise ValueError(f'{place} cannot be read ({type(error).__name__}: {why})') from None
 
 
-def shuffled(rows: Iterable[dict], buffer: int, rng: np.random.Generator) -> Iterator[dict]:
+def shuffled(rows: Iterable, buffer: int, rng: np.random.Generator) -> Iterator:
     """The rows in random order, with `buffer` of them in memory: what .shuffle() does to rows of the Hub."""
     held = []
     for row in rows:
@@ -105,15 +131,6 @@ def find_files(source: Path, stem: str = '*') -> list[Path]:
     if not source.is_file():
         files = [file for file in sorted(source.iterdir()) if re.match(begins, file.name) and file.is_file()]
     return [file for file in files if file.name.endswith(FORMATS)]
-
-
-def is_text(file: Path) -> bool:
-    """UTF-8 without a zero byte, which UTF-16 and binary files have. An empty file is text, of no document."""
-    try:
-        with file.open(encoding='utf-8') as text:
-            return not any('\0' in part for part in iter(lambda: text.read(2**20), ''))
-    except UnicodeDecodeError:
-        return False
 
 
 def user_files(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -138,20 +155,20 @@ def user_files(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def documents_of(
-    rows: Iterable[dict], where: str, category: int | Callable[[dict], int | None], clean: Callable[[str], str] = str
+    rows: Iterable[tuple[str, dict]], category: int | Callable[[dict], int | None], clean: Callable[[str], str] = str
 ) -> Iterator[tuple[int, str]]:
-    """(category, clean(text)) of every row. `category`: a number, or a function of the row, which may return None to leave it
-    out. Raises ValueError naming `where` the rows are from."""
-    for row in rows:
+    """(category, clean(text)) of every (place, row). `category`: a number, or a function of the row, which may return None to
+    leave it out. Raises ValueError naming the place."""
+    for place, row in rows:
         try:
             number, text = category(row) if callable(category) else category, row['text']
             if not isinstance(text, str | None):
                 raise ValueError(f"column 'text' holds {type(text).__name__}, not text")
         except KeyError as missing:
             there = one_line(', '.join(map(str, row))) or 'none'
-            raise ValueError(f'{where}: no column {missing} (there are: {there})') from None
+            raise ValueError(f'{place}: no column {missing} (there are: {there})') from None
         except ValueError as error:
-            raise ValueError(f'{where}: {error}') from None
+            raise ValueError(f'{place}: {error}') from None
         if number is not None:
             yield number, clean(text or '')
 
@@ -217,7 +234,7 @@ def open_rows(options: dict, stems: Iterable[str]) -> tuple:
             rows = itertools.chain.from_iterable(map(file_rows, files))
             rows = shuffled(rows, buffer, np.random.default_rng(options['seed']))
         feeds = (category,) if isinstance(category, int) else range(4)
-        streams.append((stem, documents_of(rows, names[0], category, clean), feeds))
+        streams.append((stem, documents_of(rows, category, clean), feeds))
         where += [name for name in names if name not in where]
     return streams, where
 
@@ -240,11 +257,22 @@ def open_slimpajama(options: dict) -> tuple:
     return list(CATEGORIES['slimpajama']), *open_rows(options, ('train',))
 
 
-def user_documents(files: list[Path], category: int) -> Iterator[tuple[int, str]]:
-    """(category, text) of a user's files: of ten or more that are text each is a document, of fewer each paragraph."""
-    whole = sum(not file.name.endswith(ROWS) for file in files) >= 10
-    for file in files:
-        yield from documents_of(file_rows(file, whole), str(file), category)
+def user_documents(files: list[Path], category: int, unit: str) -> Iterator[tuple[int, str]]:
+    """(category, text) of a user's files; of those that are text each line, paragraph or file is a document (`unit`)."""
+    return documents_of(itertools.chain.from_iterable(file_rows(file, unit) for file in files), category)
+
+
+def unit_of(files: list[Path]) -> str:
+    """What a document is in a user's text: of ten or more files a file, else a paragraph. Where that makes fewer documents than
+    there are splits, and so none for one of them, the first smaller unit that makes enough."""
+    units = ('file', 'paragraph', 'line')[sum(not file.name.endswith(ROWS) for file in files) < 10 :]
+    for unit in units:
+        found = set()
+        for _, text in user_documents(files, 0, unit):
+            found |= {hash(text.strip())} - {hash('')}
+            if len(found) == len(SPLITS):
+                return unit
+    return units[0]
 
 
 def open_local(options: dict) -> tuple:
@@ -263,13 +291,18 @@ def open_local(options: dict) -> tuple:
         there = ', '.join(where) or 'none'
         raise ValueError(f'--source={options["source"]} needs a folder or file per user, of different names (found: {there})')
     streams = []
+    for i, name in enumerate(map(printable, names)):
+        names[i] = name + '?' * next(n for n in itertools.count() if name + '?' * n not in names[:i])
     for i, (name, path) in enumerate(zip(names, users)):
         read, left = user_files(path) if folders else ([path], [])
         if left:
             kinds = sorted({f'{file.name}/' if file.is_dir() else file.suffix or file.name for file in left})
             n, kinds = f'{len(left)} of {len(read) + len(left)}', one_line(', '.join(kinds))
-            print(f'{one_line(name)}: {n} files are not read ({kinds}): not text in UTF-8, or links to folders')
-        streams.append((name, user_documents(read, i), (i,)))
+            print(f'{name}: {n} files are not read ({kinds}): not text in UTF-8, or links to folders')
+        unit = unit_of(read)
+        if unit == 'line':
+            print(f'{name}: there are no blank lines between paragraphs: each line is a document')
+        streams.append((name, user_documents(read, i, unit), (i,)))
     return names, streams, where
 
 

@@ -5,6 +5,8 @@ meta.json. A split is one stream of tokens; a batch is windows of it (nanoGPT's 
 
 import hashlib
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -37,6 +39,11 @@ def encoding(name: str) -> tiktoken.Encoding:
             f"GPT-2's vocabulary is neither cached nor reachable ({type(error).__name__}): connect once, or set "
             'TIKTOKEN_CACHE_DIR to a folder with its two cached files, or prepare with --tokenizer=bytes for a base of bytes'
         ) from None
+
+
+def clean(text: str) -> str:
+    """Text that enters, from wherever: without a byte order mark, and every line end is a line feed."""
+    return text.removeprefix('\ufeff').replace('\r\n', '\n').replace('\r', '\n')
 
 
 class Texts:
@@ -74,8 +81,8 @@ class Texts:
         return self.streams[i] if self.streams else load_user(self.folder, self.meta, i)
 
 
-def read_meta(folder: Path, vocab_size: int) -> dict:
-    """meta.json of a data set. Raises ValueError if it is not one, or not for a base of vocab_size tokens."""
+def read_meta(folder: Path, vocab_size: int | None = None) -> dict:
+    """meta.json of a data set. Raises ValueError if it is not one, or not for a base of vocab_size tokens, if given."""
     try:
         meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
         if meta['dtype'] not in ('<u2', '<u4') or not meta['users'] or type(meta['vocab_size']) is not int:
@@ -92,7 +99,7 @@ def read_meta(folder: Path, vocab_size: int) -> dict:
         raise ValueError(
             f'{folder}/meta.json cannot be read ({type(error).__name__}: {error}): prepare the data set again'
         ) from None
-    if not 0 <= vocab_size - meta['vocab_size'] < 128:  # bases pad their vocabulary, e.g. 50257 -> 50304
+    if vocab_size is not None and not 0 <= vocab_size - meta['vocab_size'] < 128:  # bases pad theirs, e.g. 50257 -> 50304
         fix = ''.join(f'prepare with --tokenizer={t}, or ' for t, n in VOCABULARIES.items() if 0 <= vocab_size - n < 128)
         raise ValueError(
             f'{folder} has a vocabulary of {meta["vocab_size"]} tokens ({meta["tokenizer"]}), but the base model has '
@@ -147,12 +154,20 @@ def load_user(folder: str | Path, meta: dict, i: int) -> dict:
     }
 
 
+def is_text(file: Path) -> bool:
+    """UTF-8 without a zero byte, which UTF-16 and binary files have. An empty file is text, of no document."""
+    try:
+        with file.open(encoding='utf-8') as text:
+            return not any('\0' in part for part in iter(lambda: text.read(2**20), ''))
+    except UnicodeDecodeError:
+        return False
+
+
 def load_text(file: str | Path, tokenizer: str) -> np.ndarray:
     """A text file as one stream of tokens. Raises ValueError or OSError."""
-    try:
-        return np.array(encoding(tokenizer).encode_ordinary(Path(file).read_text(encoding='utf-8')))
-    except UnicodeDecodeError:
-        raise ValueError(f'{file} is not text in UTF-8') from None
+    if not is_text(Path(file)):
+        raise ValueError(f'{file} is not text in UTF-8')
+    return np.array(encoding(tokenizer).encode_ordinary(clean(Path(file).read_text(encoding='utf-8'))))
 
 
 def load_stream(file: Path, dtype: np.dtype, n_tokens: int, sha256: str, vocab_size: int) -> np.ndarray:
@@ -193,6 +208,23 @@ def get_batch(tokens: np.ndarray, batch_size: int, block_size: int, key: tuple) 
     return windows[:, :-1], windows[:, 1:]
 
 
+def own_files(folder: Path) -> set[str]:
+    """Names of the files of the data set at `folder`, {} if nothing is there. Raises ValueError if something is there that is
+    no data set, or that has the name of a stream and is none of its files: what only a new data set may replace."""
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not there and (folder.is_dir() or not folder.exists()):
+        return there
+    try:
+        n_users = len(read_meta(folder)['users'])
+    except ValueError:
+        raise ValueError(f'{folder} exists and is not a prepared data set: move it away, or give another --name') from None
+    own = {'meta.json', *(f'user{i}_{split}.bin' for i in range(n_users) for split in SPLITS)}
+    for name in sorted(there):
+        if re.fullmatch(r'user\d+_\w+\.bin', name) and not (name in own and (folder / name).is_file()):
+            raise ValueError(f'{folder / name} is not a file of the data set there: move it away, or give another --name')
+    return own & there
+
+
 def write_streams(
     folder: Path, names: list[str], streams: Iterable[dict], vocab_size: int, meta: dict, n_bytes: np.ndarray | None = None
 ) -> dict:
@@ -200,9 +232,11 @@ def write_streams(
 
     streams: per name, in order, {'train': documents, 'valid': ..., 'test': ...}, each an iterable of arrays of token ids that
     is read once, so that none of it need be in memory. n_bytes (vocab_size,): bytes of text of each token, else 1.
-    It is written under a temporary name, then renamed: what stands at `folder` is always complete."""
-    dtype = np.dtype('<u4' if vocab_size > 2**16 else '<u2')
-    partial, old = (folder.with_name(f'.{folder.name}.{state}') for state in ('partial', 'old'))
+    It is written under a temporary name, then renamed. Of a data set that is there the files are replaced where links lead
+    to, meta.json first: what it does not describe is refused when it is read. Other files stay. Raises as own_files."""
+    dtype, old = np.dtype('<u4' if vocab_size > 2**16 else '<u2'), own_files(folder)
+    folder = Path(os.path.realpath(folder))
+    partial = folder.with_name(f'.{folder.name}.partial')
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -216,11 +250,14 @@ def write_streams(
             overlaps.append(overlap(*texts) if len(texts) == 2 else 0.0)
         meta = {**meta, 'dtype': dtype.str, 'vocab_size': vocab_size, 'users': users, 'overlap': overlaps}
         (partial / 'meta.json').write_text(json.dumps(meta, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        if not old and not os.path.ismount(folder):
+            partial.rename(folder)  # over an empty one, too
+            return meta
+        new = sorted((path.name for path in partial.iterdir()), key='meta.json'.__ne__)
+        for name in old.difference(new):
+            (folder / name).unlink()
+        for name in new:
+            shutil.move(partial / name, os.path.realpath(folder / name))
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return meta

@@ -13,7 +13,8 @@ from conftest import ROOT, refused
 from tqdm import tqdm
 
 from config.default import COLUMNS, FIT, GONE, LEGAL, METHODS, MUST, PATHS, PER_USER
-from configurator import SWITCHES, checked, configure, die, fit, home, list_methods, parser, table
+from configurator import SWITCHES, checked, configure, die, fit, folder_of, home, list_methods, parser, table
+from model import load_gpt
 
 
 def settle(argv: list[str], N: int, n_positions: int):
@@ -475,3 +476,22 @@ def test_every_command_begins_so_and_every_file_is_opened_in_utf8():
 def test_table_layout():
     text = table(['a', 'long name'], [['x', 1.23456], ['yy', None]])
     assert text.splitlines() == ['a   long name', '-------------', 'x       1.235', 'yy          -']
+
+
+def test_a_data_set_is_found_from_every_folder(tmp_path, monkeypatch):
+    """A plain name is the project's own data/NAME, with a slash it is a path; assets/ are the project's, too."""
+    monkeypatch.chdir(tmp_path)
+    for typed, folder in (
+        ('mine', ROOT / 'data' / 'mine'),
+        ('./mine', Path('mine')),
+        ('a/b', Path('a/b')),
+        ('/a/b', Path('/a/b')),
+    ):
+        assert folder_of(typed) == folder
+    assert load_gpt('assets/base-tiny.safetensors').config.vocab_size == 257
+    with pytest.raises(ValueError, match="no base model at 'nowhere'"):
+        load_gpt('nowhere')
+    (tmp_path / 'assets').mkdir()
+    (tmp_path / 'assets' / 'base-tiny.safetensors').touch()
+    with pytest.raises(ValueError, match='assets/base-tiny.safetensors cannot be read'):  # the one that is meant
+        load_gpt('assets/base-tiny.safetensors')

@@ -77,7 +77,7 @@ def test_every_training_command_is_accepted(command, train, tiny, tmp_path, monk
     with pytest.raises(SystemExit) as end:
         train(*args, f'--init_from={tiny.base}', f'--out_dir={tmp_path}', *stop, short=False)
     said = capsys.readouterr()
-    assert end.value.code == 2 and 'no data set at data/nowhere' in said.err or '--list_methods' in args and said.out, said.err
+    assert end.value.code == 2 and '/data/nowhere (no meta.json)' in said.err or '--list_methods' in args and said.out, said.err
 
 
 def test_every_script_and_option_of_the_pages_is_known(capsys):

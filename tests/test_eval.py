@@ -10,6 +10,7 @@ import torch
 from conftest import refused, same, trainer
 from safetensors.torch import load_file
 
+import configurator
 import eval as eval_file
 from model import GPT, evaluate, save_gpt
 
@@ -187,3 +188,12 @@ def test_another_base_is_refused(finished, capsys, tiny, tmp_path):
     torch.manual_seed(9)
     save_gpt(GPT(tiny.model.config), other := tmp_path / 'other.safetensors')
     assert 'not the base' in refused(capsys, eval_file.main, [str(finished.out), f'--init_from={other}'])
+
+
+def test_a_data_set_of_the_project_from_another_folder(train, tiny, tmp_path, monkeypatch, capsys):
+    """Training and evaluation find NAME where data/prepare.py puts it, not below the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(configurator, 'DATA', tiny.data.parent)
+    run = train(f'--dataset={tiny.data.name}', '--rounds=1')
+    eval_file.main([str(run.out), '--target=mixture'])
+    assert 'user 2' in capsys.readouterr().out

@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 
+import configurator
 from tools import plot
 
 
@@ -17,6 +18,7 @@ def place(tmp_path, monkeypatch):
     users = [{'name': name, 'tokens': {'train': n, 'valid': 2000, 'test': 1000}} for name, n in (('a', 12_500), ('b', 50_000))]
     (tmp_path / 'data' / 'tiny' / 'meta.json').write_text(json.dumps({'tokenizer': 'bytes', 'users': users}))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(configurator, 'DATA', tmp_path / 'data')
     return tmp_path
 
 

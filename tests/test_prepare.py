@@ -161,7 +161,7 @@ def test_gpt2_stream_is_the_joined_text(separator, monkeypatch):
     texts = ["'s odd", 'Rojo Tracks', 'two\n\nlines', '...', '2 numbers 3', 'naïve 日本語', '<|endoftext|>', "don't", 'é']
     asked, shares = {split: [1000] for split in SPLITS}, {split: np.ones((1, 1)) for split in SPLITS}
     spool, kept = io.BytesIO(), []
-    pools = prepare.fill([('x', zip(itertools.repeat(0), texts), (0,))], ['x'], asked, shares, enc, separator, None, spool)
+    pools, _ = prepare.fill([('x', zip(itertools.repeat(0), texts), (0,))], ['x'], asked, shares, enc, separator, None, spool)
     for part in prepare.deal(pools, asked, shares, 0).values():
         tokens = np.concatenate(list(prepare.documents_in(spool, part, 1000, enc, separator)))
         joined = enc.decode(tokens.tolist())
@@ -608,6 +608,9 @@ def place(folder, files):
             file.write_bytes(raw[: len(raw) // 2 - 9])
 
 
+TWELVE = '\n\n'.join(documents('same', 12))
+COPIES = '\n\n'.join([*documents('same', 2), '<mine>'])
+
 # what is wrong: (arguments, words of the message, files of the source: agnews' own if not given)
 # fmt: off
 BAD = {
@@ -650,9 +653,13 @@ BAD = {
     'local twice the same': ('local --source=IN', 'a.csv, a.txt', {'a.txt': 'x', 'a.csv': 'x'}),
     'local beside folders': ('local --source=IN', 'in/notes.txt lies beside sub-folders', {'ann/a': 'x', 'notes.txt': 'x'}),
     'local of another format': ('local --source=IN', 'in/b.md is no .jsonl', {'a.txt': 'x', 'b.md': 'x'}),
-    'local deep json': ('local --source=IN', 'in/ann/old/a.jsonl cannot be read', {'ann/old/a.jsonl': '{\n'}),
-    'local deep column': ('local --source=IN', "in/ann/old/a.csv: no column 'text' (there are: x)", {'ann/old/a.csv': 'x\n1'}),
+    'local deep json': ('local --source=IN', 'in/ann/old/a.jsonl, line 1 cannot be read', {'ann/old/a.jsonl': '{\n'}),
+    'local deep column': ('local --source=IN', "old/a.csv, line 2: no column 'text' (there are: x)", {'ann/old/a.csv': 'x\n1'}),
     'local without text': ('local --source=IN', 'no documents of ann', {'ann/empty.md': ''}),
+    'copies of another user': ('local --source=IN', 'no documents of ben: there are only 6 copies of documents of ann',
+                               {'ann/a.txt': TWELVE, 'ben/b.txt': '\n\n'.join(TWELVE.split('\n\n')[:6])}),
+    'nearly all copies': ('local --source=IN', 'beside 2 copies of documents of ann',
+                          {'ann/a.txt': TWELVE, 'ben/b.txt': COPIES}),
     'demo with source': ('demo --source=IN', '--source'),
 }
 # fmt: on
@@ -669,6 +676,102 @@ def test_bad_input(case, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert err.startswith('prepare.py: ') and err.count('\n') == 1 and err.endswith('\n') and words in err and not out
     assert not (tmp_path / 'out').exists()
+
+
+LINES = [json.dumps({'text': f'<{i}> text', 'label': 0}) for i in range(9)]
+ROWS_OF_WHICH_ONE_IS_WRONG = {  # (file, content, words)
+    'json cut': ('a.jsonl', '\n'.join(LINES)[:-9], 'a.jsonl, line 9 cannot be read'),
+    'json after a blank line': ('a.jsonl', '{"text": "x"}\r\n\r\n{"text" 1}', 'a.jsonl, line 3 cannot be read'),
+    'json without the key': ('a.jsonl', '{"text": "x"}\n{"body": "x"}', "a.jsonl, line 2: no column 'text' (there are: body)"),
+    'json of a wrong type': ('a.jsonl', '{"text": "x"}\n{"text": 3}', "a.jsonl, line 2: column 'text' holds int"),
+    'json list': ('a.jsonl', '{"text": "x"}\n[1]', 'a.jsonl, line 2 cannot be read (ValueError: it is not a JSON object'),
+    'parquet of a wrong type': ('a.parquet', [{'text': 3}], "a.parquet, row 1: column 'text' holds int"),
+    'comma': ('a.csv', 'label,text\n1,a\n\n2,"b,\nc"\n3,d, e\n', 'a.csv, line 6 cannot be read (ValueError: 3 fields, but the'),
+    'comma, one column': ('a.csv', 'text\na\nb, c\n', 'a.csv, line 3 cannot be read (ValueError: 2 fields'),
+    'too few': ('a.csv', '\ufefftext,label\r\na,1\r\nb\r\n', 'a.csv, line 3 cannot be read (ValueError: 1 fields'),
+    'twice': ('a.csv', 'text,label,text\na,1,b\n', 'a.csv, line 1 cannot be read (ValueError: two columns of the name text'),
+    'open quote': ('a.csv', 'label,text\n1,a\n2,"b\n3,c\n4,d\n', 'a.csv, line 3 cannot be read (Error: unexpected end of data'),
+    'quote in quotes': ('a.csv', 'label,text\n1,"a" b\n2,"c"\n', 'a.csv, line 2 cannot be read (Error'),
+}
+
+
+@pytest.mark.parametrize('case', ROWS_OF_WHICH_ONE_IS_WRONG)
+def test_a_wrong_row_is_told_by_its_line(case, tmp_path):
+    """Where it begins, for every reader; nothing of it is lost in silence."""
+    name, content, words = ROWS_OF_WHICH_ONE_IS_WRONG[case]
+    place(tmp_path, {name: content})
+    with pytest.raises(ValueError, match=re.escape(words)):
+        list(sources.documents_of(sources.file_rows(tmp_path / name), 0))
+
+
+def test_good_csv_is_read_whole(tmp_path):
+    """Commas, quotes and line ends within quotes, blank lines, blank columns at the end."""
+    place(tmp_path, {'a.csv': '\ufefflabel,text,,\r\n1,"a, ""b""\r\nc",,\r\n\r\n2,he said "hi",,\r\n'})
+    rows = [row for _, row in sources.file_rows(tmp_path / 'a.csv')]
+    assert [(row['label'], row['text']) for row in rows] == [('1', 'a, "b"\r\nc'), ('2', 'he said "hi"')]
+
+
+def test_text_is_clean_whatever_it_came_in(tmp_path):
+    """A byte order mark, CR LF and CR: gone from every format, so that the same text is a copy."""
+    text, few = '<x> one\ntwo\nthree', documents('x', 9)
+    odd = '\ufeff' + text.replace('\n', '\r\n', 1).replace('\nth', '\rth')
+    rows = [{'text': odd}, *({'text': some} for some in few)]
+    files = {'a.jsonl': rows, 'b.csv': rows, 'c.parquet': rows}
+    place(tmp_path / 'in' / 'ann', files | {'d.txt': odd, 'e.md': '\r\r'.join(documents('cr', 3)).replace('\n', '\r')})
+    assert run('local', '--source', tmp_path / 'in', '--out_root', tmp_path, '--tokenizer=bytes', '--name=mine') == 0
+    assert sorted(sum(read(tmp_path / 'mine')[1].values(), [])) == sorted([text, *few, *documents('cr', 3)])
+
+
+@pytest.mark.parametrize('end', ['\n', '\r', '\r\n'])
+def test_lines_are_documents_where_nothing_else_is(end, tmp_path, capsys):
+    """Without blank lines a text is a single paragraph, and there would be nothing to deal. It is said, and only then done."""
+    lines = [f'<ann.{i}> says something' for i in range(40)]
+    place(tmp_path / 'in', {'ann/chat.txt': end.join(lines), 'ben/a.md': f'{end}{end}'.join(documents('ben').copy())})
+    assert run('local', '--source', tmp_path / 'in', '--out_root', tmp_path, '--tokenizer=bytes', '--name=mine') == 0
+    out, (_, found) = capsys.readouterr().out, read(tmp_path / 'mine')
+    assert out.startswith('ann: there are no blank lines between paragraphs: each line is a document\n') and 'ben: ' not in out
+    assert sorted(sum((found[0, split] for split in SPLITS), [])) == sorted(lines)
+    assert sum(len(found[1, split]) for split in SPLITS) == 120
+
+
+def test_names_are_clean_and_distinct(tmp_path, capsys):
+    """Bytes that are no UTF-8, line breaks, escapes: '?' in meta.json and on the terminal; still one user each."""
+    for i, name in enumerate((b'w\xe9', b'w\xea', b'a\nb', b'\x1b[31mred', 'wörds a b'.encode(), b'w?')):
+        place(tmp_path / 'in\udce9' / os.fsdecode(name), {'a.txt': '\n\n'.join(documents(str(i), 9)), 'b': b'\xff'})
+    assert run('local', '--source', tmp_path / 'in\udce9', '--out_root', tmp_path / 'o\udce9', '--tokenizer=bytes') == 0
+    out = capsys.readouterr().out
+    (folder,) = (tmp_path / 'o\udce9').iterdir()
+    meta, _ = read(folder)
+    assert [user['name'] for user in meta['users']] == ['?[31mred', 'a?b', 'w?', 'wörds a b', 'w??', 'w???']
+    assert meta['source'] == [user['name'] for user in meta['users']] and meta['options']['source'] == 'in?'
+    assert not re.search('[\x1b\udc80-\udcff]', out) and 'w??: 1 of 2 files are not read' in out
+    place(tmp_path / 'in\udce9' / 'ann\x1b', {'a.jsonl': '{'})
+    assert run('local', '--source', tmp_path / 'in\udce9', '--out_root', tmp_path / 'p', '--tokenizer=bytes') == 2
+    assert 'in?/ann?/a.jsonl, line 1 cannot be read' in capsys.readouterr().err
+
+
+def test_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    source_of('agnews', tmp_path / 'in')
+    assert run('agnews', '--source=~/in', '--out_root=~/out', *SMALL) == 0
+    assert hashes(tmp_path / 'out' / 'agnews')
+
+
+def test_memory_of_a_long_document(tmp_path):
+    """As docs/data.md has it: eight times the document, and what short ones take."""
+
+    def peak(name, n):
+        place(tmp_path / name, {'a.txt': '\n\n'.join(['<a> ' + 'word ' * n, '<b> b', '<c> c'])})
+        tracemalloc.start()
+        assert (
+            run('local', '--source', tmp_path / name, '--out_root', tmp_path / 'out', f'--name={name}', '--tokenizer=bytes')
+            == 0
+        )
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    assert peak('long', 1_000_000) - peak('short', 1) < 8 * 5_000_000
 
 
 def test_vocabulary_not_at_hand(tmp_path, capsys, monkeypatch):
@@ -705,6 +808,46 @@ def test_force_spares_other_folders(tmp_path, capsys):
     assert capsys.readouterr().err.count('\n') == 1 and (source / 'train.jsonl.gz').exists()
     (tmp_path / 'agnews').mkdir()
     assert run('agnews', '--source', source, '--out_root', tmp_path, *SMALL) == 0
+
+
+def test_force_replaces_its_own_files_only(tmp_path, capsys, monkeypatch):
+    """Whoever's meta.json is no data set; other files stay; links, of the folder and of a file, are followed. Stopped in the
+    middle it is no data set until it is made again."""
+    common = ['agnews', '--source', source_of('agnews', tmp_path / 'in'), '--out_root', tmp_path, *SMALL, '--name=mine']
+    mine, far = tmp_path / 'mine', tmp_path / 'far'
+    for content in ('{}', 'x', '{"users": ["me"], "dtype": "<u2", "vocab_size": 3}', '[1]'):
+        place(mine, {'meta.json': content, 'thesis.txt': 'years'})
+        for force in ([], ['--force']):
+            assert run(*common, *force) == 2 and 'is not a prepared data set: move it away' in capsys.readouterr().err
+        assert (mine / 'thesis.txt').read_text() == 'years' and (mine / 'meta.json').read_text() == content
+    mine.rename(tmp_path / 'thesis')
+    far.mkdir()
+    mine.symlink_to(far)
+    assert run(*common, '--seed=7') == 0 and mine.is_symlink()
+    before = hashes(far)
+    place(far, {'thesis.txt': 'years'})
+    (far / 'user1_test.bin').rename(tmp_path / 'elsewhere.bin')
+    (far / 'user1_test.bin').symlink_to(tmp_path / 'elsewhere.bin')
+    moves, move = [], prepare.write_streams.__globals__['shutil'].move
+
+    def failing(*names):
+        moves.append(names)
+        return move(*names) if len(moves) < 4 else (_ for _ in ()).throw(OSError('stopped'))
+
+    with monkeypatch.context() as patch:
+        patch.setattr('shutil.move', failing)
+        assert run(*common, '--users=2', '--alpha=1', '--force') == 2
+    with pytest.raises(ValueError, match='prepare the data set again'):
+        Texts(mine, 8, 257)
+    assert run(*common, '--users=2', '--alpha=1', '--force') == 0  # of two users: the other files are gone
+    read_again = Texts(mine, 8, 257)
+    assert len(read_again.names) == 2 and (far / 'thesis.txt').read_text() == 'years' and len([*far.iterdir()]) == 8
+    assert (far / 'user1_test.bin').is_symlink() and (tmp_path / 'elsewhere.bin').stat().st_size == 800 and mine.is_symlink()
+    for _ in range(2):
+        assert run(*common, '--seed=7', '--force') == 0 and hashes(mine) == before
+    place(far, {'user9_test.bin': 'mine'})
+    assert run(*common, '--force') == 2 and 'user9_test.bin is not a file of the data set' in capsys.readouterr().err
+    assert hashes(mine) == before and not list(tmp_path.glob('.*'))
 
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, OSError])

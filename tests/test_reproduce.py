@@ -16,22 +16,33 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, user_streams, write_dataset
 
+import configurator
 from configurator import configure, fit
 from tools import reproduce
 
 SEEDS = [1, 2, 3]
 
 
+def own_project(folder: Path, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(configurator, 'DATA', folder / 'data')
+    monkeypatch.setattr(reproduce, 'TRAIN', folder / 'train.py')
+
+
 @pytest.fixture
 def place(tiny, tmp_path, monkeypatch):
-    """A working directory with config/tiny.py and data/tiny, and two small tables."""
+    """A project and working directory with train.py, config/tiny.py and data/tiny, and two small tables."""
     switches = dict(switch[2:].split('=') for switch in TINY if 'rounds' not in switch)
     (tmp_path / 'config').mkdir()
     (tmp_path / 'config' / 'tiny.py').write_text(
         f"dataset = 'tiny'\ninit_from = {str(tiny.base)!r}\nrounds = 1\n" + ''.join(f'{k} = {v}\n' for k, v in switches.items())
     )
     shutil.copytree(tiny.data, tmp_path / 'data' / 'tiny')
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'train.py').write_text(
+        f'import sys; sys.path.insert(0, {str(ROOT)!r})\nimport pathlib, configurator, train as real\n'
+        "configurator.DATA = pathlib.Path(__file__).with_name('data')\nreal.main(sys.argv[1:])\n"
+    )
+    own_project(tmp_path, monkeypatch)
     monkeypatch.setitem(reproduce.ROWS, 'table1', [reproduce.LOCAL, reproduce.COMIGS[2]])
     monkeypatch.setitem(reproduce.ROWS, 'table4', [reproduce.COMIGS[2]])
     return tmp_path
@@ -58,7 +69,7 @@ def agnews(tmp_path, monkeypatch):
     """agnews(tokenizer) prepares a working directory with nothing but AG News' config and meta.json, and returns the setup."""
 
     def make(tokenizer: str = 'gpt2', dataset: str = 'agnews') -> dict:
-        monkeypatch.chdir(tmp_path)
+        own_project(tmp_path, monkeypatch)
         users = [{'name': n, 'tokens': {'train': 3000, 'valid': 200, 'test': 100}} for n in 'ab']
         for folder in ('config', f'data/{dataset}'):
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -310,7 +321,12 @@ def test_a_sweep_runs_what_is_missing_and_nothing_twice(place, capfd):
 
 def test_ctrl_c_ends_the_runs_and_the_same_command_goes_on(place, capsys):
     args = ['table4', '--dataset=tiny', '--seeds=1', '--jobs=1', '--device=cpu', '--rounds=500']
-    command = [sys.executable, str(ROOT / 'tools/reproduce.py'), *args]
+    own = f'import signal, sys; sys.path.insert(0, {str(ROOT)!r})\nimport pathlib, configurator\nfrom tools import reproduce\n'
+    own += "reproduce.TRAIN = pathlib.Path(__file__).with_name('train.py')\n"
+    own += "configurator.DATA = reproduce.TRAIN.with_name('data')\n"
+    own += 'signal.signal(signal.SIGTERM, signal.default_int_handler)\nreproduce.main(sys.argv[1:])\n'
+    (place / 'reproduce.py').write_text(own)
+    command = [sys.executable, str(place / 'reproduce.py'), *args]
 
     def stopped(sign: int, round: int) -> str:
         """The command, stopped in this round of its first run: what it says."""

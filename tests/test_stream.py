@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import user_streams, write_dataset
 
-from data.stream import SPLITS, VOCABULARIES, Texts, check_lengths, encoding, get_batch, overlap
+from data.stream import SPLITS, VOCABULARIES, Texts, check_lengths, encoding, get_batch, load_text, overlap
 
 
 def test_a_user_at_a_time_is_what_was_written(tmp_path):
@@ -44,6 +44,17 @@ def test_mixture_and_pooled(tmp_path):
     assert pooled.n_train == [1] and len(pooled.names) == 3
     with pytest.raises(ValueError, match='user 0 has 60 valid tokens'):  # enough before they are mixed
         Texts(folder, 61, 300, 'mixture')
+
+
+def test_public_text_and_prompts_are_clean(tmp_path):
+    """load_text: no byte order mark, no CR; a zero byte or another encoding is no text."""
+    file = tmp_path / 'a.txt'
+    file.write_bytes('\ufeffä\r\nb\rc'.encode())
+    assert bytes(load_text(file, 'bytes').tolist()).decode() == 'ä\nb\nc'
+    for raw in (b'a\0b', 'ä'.encode('latin-1'), 'ab'.encode('utf-16')):
+        file.write_bytes(raw)
+        with pytest.raises(ValueError, match='a.txt is not text in UTF-8'):
+            load_text(file, 'bytes')
 
 
 def overwrite(file, tokens):

@@ -24,7 +24,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import die, home, parser
+from configurator import die, folder_of, home, parser
 
 # Okabe and Ito's colours, told apart by the colour-blind (grey for their yellow, which is none on paper); markers say it again
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#888888', '#000000')
@@ -50,7 +50,7 @@ def read(folder: str | Path) -> SimpleNamespace:
     steps. Where users are too many to draw (many), they all are user -1, and x is the round."""
     folder = Path(folder)
     run = SimpleNamespace(folder=folder, config=read_json(folder / 'config.json'))
-    meta = Path('data', run.config['dataset'], 'meta.json')
+    meta = folder_of(run.config['dataset']) / 'meta.json'
     run.meta, run.many = read_json(meta) if meta.exists() else {}, len(run.config['users']) > MANY
     run.x, x = ('communication round', 'round') if run.many else ('expert steps', 'step')
     try:
@@ -261,7 +261,7 @@ def grid(what: str, folders: list) -> Figure:
 
 def sizes(what: str, names: list) -> Figure:
     """Figure 2: tokens of every user and split, as bubbles of that area; a panel for each data set."""
-    metas = [read_json(Path('data', name, 'meta.json')) for name in names]
+    metas = [read_json(folder_of(name) / 'meta.json') for name in names]
     for name, meta in zip(names, metas):
         if len(meta['users']) > MANY:
             die(f'{name} has {len(meta["users"])} users: at most {MANY} can be drawn')

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import checked, die, home, literal, parser
+from configurator import checked, die, folder_of, home, literal, parser
 from data.stream import Texts, get_batch
 from model import GPT, GPTConfig, autocast, evaluate, save_gpt, usable
 
@@ -102,7 +102,7 @@ def worth(model: GPT, user: dict, valid: np.ndarray) -> dict:
 
 def main(argv: list[str]) -> None:
     c = read_options(argv)
-    folder = Path('data', c.dataset)
+    folder = folder_of(c.dataset)
     try:
         usable(c.device)
         vocab_size = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))['vocab_size']

@@ -39,7 +39,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import configure, die, mean, parser, table
+from configurator import configure, die, folder_of, mean, parser, table
 from tools import plot
 from tools.plot import read_json
 
@@ -439,13 +439,14 @@ def passed_through(args: list[str], rows: list[dict]) -> dict:
 def setup_of(dataset: str, seeds: list[int], extra: dict) -> dict:
     """What all runs of a sweep have in common; 'identity': what the files say that shape their numbers."""
     name, _, variant = dataset.partition('-')
-    config, meta = Path('config', f'{name}.py'), Path('data', dataset, 'meta.json')
+    config, meta = TRAIN.parent / 'config' / f'{name}.py', folder_of(dataset) / 'meta.json'
     tokenizer = ' --tokenizer=bytes' * (variant == 'bytes')
     prepare = f'python data/prepare.py {name}{tokenizer}' + f' --name={dataset}' * bool(variant)
     if '/' in dataset or not config.exists() or not meta.exists():
-        die(f'--dataset={dataset}: it needs {config} and {meta}, which comes from {prepare}')
-    base = Path(configure([str(config), *(f'--{k}={v}' for k, v in extra.items())]).init_from)
-    base_is = hashlib.sha256(base.read_bytes()).hexdigest() if base.is_file() else str(base)
+        die(f'--dataset={dataset}: it needs config/{name}.py and data/{dataset}/meta.json, which comes from {prepare}')
+    base = configure([str(config), *(f'--{k}={v}' for k, v in extra.items())]).init_from
+    files = [path for path in (Path(base), TRAIN.parent / base) if path.is_file()]
+    base_is = hashlib.sha256(files[0].read_bytes()).hexdigest() if files else base
     setup = {'name': name, 'dataset': dataset, 'config': str(config), 'meta': read_json(meta), 'extra': extra, 'seeds': seeds}
     return {**setup, 'identity': [config.read_text(encoding='utf-8'), setup['meta']['users'], base_is]}
 

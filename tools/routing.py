@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config.default import COLUMNS, METHODS
-from configurator import cell, die, home, mean, parser, table
+from configurator import cell, die, folder_of, home, mean, parser, table
 from data.stream import Texts, encoding
 from eval import open_run, read_run
 from model import GPT, autocast, perplexity, windows
@@ -174,7 +174,7 @@ def main(argv: list[str]) -> None:
     try:
         check_routers(args.run, read_run(args.run, [])[0])
         run = open_run(args.run, args.init_from, args.device)
-        data = Texts(Path('data', run.c.dataset), run.c.block_size, run.base.config.vocab_size)  # everybody's own
+        data = Texts(folder_of(run.c.dataset), run.c.block_size, run.base.config.vocab_size)  # everybody's own
         enc = encoding(data.meta['tokenizer'])
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         die(error)
