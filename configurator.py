@@ -10,6 +10,7 @@ import ast
 import difflib
 import functools
 import io
+import json
 import os
 import re
 import sys
@@ -30,7 +31,7 @@ SWITCHES = {k: v for k, v in vars(default).items() if k.islower() and not k.star
 
 def die(message: object) -> NoReturn:
     """Bad input: one line on stderr (for each machine, where several processes find the same), exit code 2."""
-    if os.environ.get('LOCAL_RANK', '0') == '0':
+    if (os.environ.get('LOCAL_RANK') or '0') == '0':
         print(' '.join(f'{Path(sys.argv[0]).name}: {message}'.split()), file=sys.stderr)
     raise SystemExit(2)
 
@@ -212,6 +213,62 @@ def parser(doc: str) -> argparse.ArgumentParser:
     made.error = die
     made.register('type', Path, lambda text: Path(home(text)))
     return made
+
+
+def to_json(value: object, **how) -> str:
+    """JSON that everybody reads: a number that is not finite is null."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), **how)
+
+
+def read_json(file: Path, *keys: str, text: str | bytes | None = None) -> dict:
+    """The object in a JSON file, or in a `text` out of it, which has these keys. Raises ValueError naming the file."""
+    try:
+        found = json.loads(file.read_bytes() if text is None else text)
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f'{file} has no JSON object {{...}}: {what_it_is(file)}')
+    if missing := [key for key in keys if key not in found]:
+        raise ValueError(f'{file} has no {missing[0]!r}: expected a file with {", ".join(keys)}')
+    return found
+
+
+def read_config(run: Path) -> dict:
+    """config.json of a run; a switch that it does not know yet has its default. Raises ValueError naming the file."""
+    file = run / 'config.json'
+    config = {**SWITCHES, 'tested': [], **read_json(file, 'method', 'users', 'base_sha256')}
+    users = config['users'] if isinstance(config['users'], list) else []
+    each, N = ('tested', *PER_USER), 1 if config['pooled'] else len(users)
+
+    def fits(name: str, value: object) -> bool:
+        if name == 'users':
+            return users != [] and all(type(user) is str for user in users)
+        if type(value) is list and name in each:
+            enough = all(i in range(len(users)) for i in value) if name == 'tested' else len(value) >= N
+            return enough and all(type(entry) is int for entry in value)
+        like = type(SWITCHES.get(name, value))
+        return name != 'tested' and (type(value) is like or (like, type(value)) == (float, int))
+
+    for name, value in config.items():
+        if not fits(name, value):
+            raise ValueError(f'{file} is not that of a run: {name} is {value!r:.80}')
+    return config
+
+
+def what_it_is(file: Path) -> str:
+    """Of a file that cannot be read: what it is, and what to do."""
+    try:
+        with open(file, 'rb') as f:
+            head = f.read(20)
+    except OSError as error:
+        return f'{error.strerror}, expected a file that can be read'
+    if head.startswith(b'version https://git'):
+        return 'it is a Git LFS pointer, and `git lfs pull` gets the file itself'
+    if re.fullmatch(rb'(\xef\xbb\xbf)?[\t\n\r -~]+', head[:8]):
+        return f'it is text that begins with {head.decode(errors="replace")!r}, maybe of a failed download: get it again'
+    if head and (head.startswith(b'PK') or file.suffix not in ('.safetensors', '.json')):
+        return 'it is not tensors alone in a format that is read: write it with save_pretrained of transformers'
+    return 'it is empty, cut short, damaged or of another format: copy or download it again'
 
 
 def mean(values: list[float | None]) -> float | None:

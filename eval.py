@@ -7,7 +7,6 @@
 The report of one run is also written to RUN/eval.json. Nothing is drawn at random and nothing of the run is changed.
 `python tools/routing.py RUN` shows which expert takes which token."""
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from configurator import die, folder_of, home, mean, parser, table
+from configurator import die, folder_of, home, mean, parser, read_config, read_json, table, to_json
 from data.stream import Texts
 from federate import ONE_MODEL, Tensors
 from lora_moe import add_lora, roles, shape_of
@@ -31,10 +30,9 @@ def read_run(run: Path, ids: list[int] | None = None) -> tuple[SimpleNamespace, 
     A finished run has adapters/, a running one its checkpoint; {} for a user that has not taken part yet. The configuration
     has an entry per user of n_experts and lora_rank. Raises ValueError or OSError naming what is missing; never executes code
     from a file."""
-    try:
-        c = SimpleNamespace(**json.loads((run / 'config.json').read_text(encoding='utf-8')))
-    except FileNotFoundError:
-        raise ValueError(f'{run} is no run: it has no config.json') from None
+    if not (run / 'config.json').exists():
+        raise ValueError(f'{run} is no run: it has no config.json')
+    c = SimpleNamespace(**read_config(run))
     for name in ('n_experts', 'lora_rank'):
         value = getattr(c, name)
         setattr(c, name, value if isinstance(value, list) else [value] * (1 if c.pooled else len(c.users)))
@@ -85,7 +83,7 @@ def open_run(
         ours = load_gpt(str(merged)).to(device)
     alone = shape_of(c, 0) | dict(n_experts=c.n_generalists, routed=False)
     generalist = rebuild(ours, alone, server) if server and c.n_generalists else None
-    if getattr(c, 'init_adapter', '') and not generalist and not all(users):
+    if c.init_adapter and not generalist and not all(users):
         raise ValueError(f'{run} has users that still wait with its --init_adapter, which is not in its files: let it finish')
     # who has not taken part yet has the generalist, or nothing
     models = [rebuild(ours, shape_of(c, i), t) if t else generalist or ours for i, t in zip(c.tested, users)]
@@ -126,13 +124,15 @@ def texts(opened: SimpleNamespace, target: str) -> list[dict]:
 def finished(run: Path, key: str, target: str) -> list[float] | None:
     """What a finished run measured on its own target: the same code on the same text, so there is no need to repeat it."""
     file = run / 'summary.json'
-    summary = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
+    summary = read_json(file, 'target', key) if file.exists() else {}
+    if key == 'test_ppl' and summary.get('test_when') == 'aggregated':  # later than what is in adapters/
+        return None
     return summary.get(key) if summary.get('target') == target and None not in (summary.get(key) or []) else None
 
 
 # ---- the tables ------------------------------------------------------------------------------------------------------
 def report_one(opened: SimpleNamespace, streams: list[dict], target: str) -> None:
-    """Prints the tables of one run and writes RUN/eval.json."""
+    """Prints the tables of one run, then writes RUN/eval.json."""
     run, c, users, told = opened.path, opened.c, [], time.time()
     bar = tqdm([*zip(opened.names, opened.models, streams)], desc=str(run), disable=None, leave=False)
     for name, model, data in bar:
@@ -158,7 +158,7 @@ def report_one(opened: SimpleNamespace, streams: list[dict], target: str) -> Non
                 rows.append([layer, *(' '.join(f'{share:.2f}' for share in one) or '-' for one in shares)])
             print(table(['layer', *opened.names], rows))
     result = {'method': c.method, 'dataset': c.dataset, 'target': target, **means, 'users': users}
-    (run / 'eval.json').write_text(json.dumps(result, indent=1), encoding='utf-8')
+    (run / 'eval.json').write_text(to_json(result, indent=1), encoding='utf-8')
     print(f'\nwrote {run}/eval.json')
 
 
@@ -203,13 +203,13 @@ def main(argv: list[str]) -> None:
             if not same or one.names != runs[0].names:
                 die(f'{one.path} has another base, other text or other windows than {args.runs[0]}: a table needs the same')
         data = {(one.path, target): texts(one, target) for one in runs for target in targets}
+        with autocast(runs[0].base.wte.weight.device, first.dtype):
+            if len(runs) == 1:
+                report_one(runs[0], data[args.runs[0], targets[0]], targets[0])
+            else:
+                report_several(runs, data, targets)
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         die(error)
-    with autocast(runs[0].base.wte.weight.device, first.dtype):
-        if len(runs) == 1:
-            report_one(runs[0], data[args.runs[0], targets[0]], targets[0])
-        else:
-            report_several(runs, data, targets)
 
 
 if __name__ == '__main__':

@@ -155,6 +155,8 @@ def combine(
             return flora(experts, weights, gammas) | flora(attention, weights, gamma), {}
         case 'trust':
             present, scores = trust_scores(c, sent, ask)
+            if not present:  # all predictions are refused: everybody stays as it is
+                return {}, {}
             W = trust_matrix(scores, c.trust_temperature)
             log('trust', {'users': present, 'matrix': W.tolist()})
             return {}, dict(zip(present, trust_average([sent[i] for i in present], W)))
@@ -231,7 +233,8 @@ def trust_scores(c: SimpleNamespace, sent: dict[int, Tensors], ask: Callable) ->
     if c.trust == 'validation':  # every user gets the others' updates and sends n numbers
         return [*sent], validation_scores(torch.stack([row['ppl'] for row in ask('judge', [*sent], updates=sent).values()]))
     told = ask('predict', [*sent], logits=True)
-    return [*told], prediction_scores([(top['ids'], top['values']) for top in told.values()], c.vocab_size)
+    predictions = [(top['ids'], top['values']) for top in told.values()]
+    return [*told], prediction_scores(predictions, c.vocab_size) if told else torch.zeros(0, 0)
 
 
 def trust_matrix(scores: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -396,7 +399,7 @@ def prediction_trust(predictions: list[Predictions], vocab_size: int) -> torch.T
         unit = F.normalize(p, dim=2)
         cos = torch.stack([(unit * row).sum(2) for row in unit])  # (N, N, p)
         s = s + (cos / (H[:, None] + 1)).sum(2).double()
-    return s / s.sum(1, keepdim=True)
+    return s / s.sum(1, keepdim=True).clamp_min(1e-30)  # of predictions that are all 0: no trust, not NaN
 
 
 def consensus(predictions: list[Predictions], weights: list[float], vocab_size: int) -> Predictions:

@@ -9,22 +9,25 @@ python train.py config/many_users.py                                # 1,000 user
 torchrun --nproc_per_node=4 train.py config/agnews.py               # users dealt out to processes, one a GPU
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
 import federate
 from configurator import configure, die, fit, folder_of
-from data.stream import Texts
+from data.stream import Texts, read_meta
 from federate import Tensors
-from model import GPT, fast_fp32, fingerprint, load_gpt, store_in_bf16, usable
+from model import GPT, HUB, GPTConfig, autocast, fast_fp32, fingerprint, load_gpt, store_in_bf16, usable
 from run import processes
-from run.fleet import Fleet
+from run.adapter import check_peft
+from run.fleet import Fleet, public_windows
 from run.journal import FREE, Journal, stop_on_signals
 from run.report import report
 from user import User
@@ -68,28 +71,37 @@ def algorithm_1(c: SimpleNamespace, fleet: Fleet, journal: Journal, server: Tens
 
 
 # ---- before: everything is read and checked before anything is written -------------------------------------------------
-def prepare(c: SimpleNamespace) -> tuple[Fleet, Journal, Tensors]:
-    """The users, the run's folder, and the server's tensors to begin with, or of the round that is continued."""
-    journal, given = Journal(c), dict(vars(c))
+def prepare(c: SimpleNamespace, journal: Journal) -> tuple[Fleet, Tensors]:
+    """The users, and the server's tensors to begin with, or of the round that is continued. What is at hand is checked before
+    a base is fetched."""
+    given, folder = dict(vars(c)), folder_of(c.dataset)
+    known = GPTConfig() if c.init_from in HUB else GPTConfig(None, 2**62)  # what all bases of the Hub have
     try:
         c.device = pick_device(c.device)
+        texts = Texts(folder, c.block_size, known.vocab_size, c.target, c.pooled)
+        fit(c, N=len(texts.n_train), n_positions=known.n_positions)
+        public = public_windows(c, texts)
+        if c.init_adapter:
+            check_peft(Path(c.init_adapter))
         base = load_gpt(c.init_from).to(c.device)
-        texts = Texts(folder_of(c.dataset), c.block_size, base.config.vocab_size, c.target, c.pooled)
+        read_meta(folder, base.config.vocab_size)
         fit(c, N=len(texts.n_train), n_positions=base.config.n_positions)
         c.n_train, c.vocab_size = texts.n_train, base.config.vocab_size
-        fleet = Fleet(c, base, texts, journal)
+        fleet = Fleet(c, base, texts, journal, public)
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
         die(error)
     identity = identity_of(given, base, fleet)  # before the base is stored otherwise
     c.dtype = settle_precision(c, base)
+    try_out(c)
     processes.start()
+    journal.claim()
     server = fleet.resume(*journal.resume(identity)) if c.resume else fleet.first()
     sums = {'base_sha256': identity['base'], 'adapter_sha256': identity['adapter']}
     effective = {**given, 'device': c.device, 'dtype': c.dtype, **sums, 'users': texts.names, 'tested': fleet.tested}
     journal.open(effective, identity, texts.names, [*range(len(texts.names))] if c.pooled else fleet.tested)
     if not c.resume:
         fleet.save(0, [], server)  # round 0: from here on there is always something to continue from
-    return fleet, journal, server
+    return fleet, server
 
 
 def pick_device(device: str) -> str:
@@ -100,6 +112,18 @@ def pick_device(device: str) -> str:
         device = f'cuda:{int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()}'
     torch.zeros(1, device=device)
     return device
+
+
+def try_out(c: SimpleNamespace) -> None:
+    """A product and its gradient as training computes them. Dies of what the device, the dtype or a compiler cannot do."""
+    x = torch.ones(16, 16, device=c.device, requires_grad=True)
+    try:
+        with autocast(c.device, c.dtype):
+            loss = lambda x: (x @ x).sin().sum()  # noqa: E731
+            (torch.compile(loss) if c.compile else loss)(x).backward()
+    except Exception as error:  # compilers and devices raise many kinds
+        why = ' '.join(str(error).split())[:200]
+        die(f'--device={c.device} --dtype={c.dtype}' + ' --compile (leave it out)' * c.compile + f': {why}')
 
 
 def settle_precision(c: SimpleNamespace, base: GPT) -> str:
@@ -125,13 +149,15 @@ def identity_of(given: dict, base: GPT, fleet: Fleet) -> dict:
 
 def main(argv: list[str]) -> SimpleNamespace:
     """A whole run. Returns its parts: c, users, fleet, journal, server, summary."""
+    processes.check()
     c = configure(argv, __doc__)
     stop_on_signals(c.out_dir)
     if c.method == 'pretrained':
         c.rounds = 0  # the base as it is, whatever a config file says
-    fleet, journal, server = prepare(c)
-    server = algorithm_1(c, fleet, journal, server)
-    summary = report(c, fleet, journal, server)
+    with contextlib.closing(Journal(c)) as journal:
+        fleet, server = prepare(c, journal)
+        server = algorithm_1(c, fleet, journal, server)
+        summary = report(c, fleet, journal, server)
     return SimpleNamespace(c=c, users=fleet.here, fleet=fleet, journal=journal, server=server, summary=summary)
 
 

@@ -107,7 +107,8 @@ LEGAL = {
     'trust': ('weights', 'validation', 'predictions'),
     'dtype': ('auto', 'float32', 'bfloat16'),
     'local_steps router_every router_steps micro_batch_size block_size eval_every judge_windows top_k lora_alpha expert_lr '
-    'router_lr trust_temperature': '0 < x < 1e9',
+    'router_lr': '0 < x < 1e9',
+    'trust_temperature': '0 < x < 1e30',
     'rounds n_generalists prune_coef consensus_coef consensus_start test_users lb_coef weight_decay': '0 <= x < 1e9',
     'batch_size': '0 < x <= 65536',
     'ghost_noise': '0 <= x <= 65536',

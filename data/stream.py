@@ -57,7 +57,7 @@ class Texts:
 
     Raises ValueError, in one line, for anything missing, truncated, altered, too short or outside the vocabulary."""
 
-    def __init__(self, folder: str | Path, block_size: int, vocab_size: int, target: str = 'own', pooled: bool = False):
+    def __init__(self, folder: str | Path, block_size: int, vocab_size: int | None, target: str = 'own', pooled: bool = False):
         self.folder, self.meta, self.pooled = Path(folder), read_meta(Path(folder), vocab_size), pooled
         users, known, self.overlap, streams = self.meta['users'], self.meta.get('overlap'), [], []
         self.names = [user['name'] for user in users]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
+from configurator import read_json
 from federate import Tensors, pairs
 from lora_moe import scaling
-from model import read_json, read_tensors
+from model import read_tensors
 
 IN_PEFT = r'base_model\.model\.transformer\.(h\.\d+\.(?:attn|mlp)\.\w+)\.lora_([AB])\.weight'
 # of an adapter's configuration: what does not change the meaning of its tensors, or is read below
@@ -60,6 +61,11 @@ def read_peft(folder: Path, fresh: Tensors, alpha: float) -> tuple[Tensors, str]
         filled |= {name + '.A': A, name + '.B': B}
     files = (folder / 'adapter_config.json', folder / 'adapter_model.safetensors')
     return filled, hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()
+
+
+def check_peft(folder: Path) -> None:
+    """Raises ValueError unless both files can be read: what can be known without a base."""
+    read_config(folder), read_tensors(folder / 'adapter_model.safetensors')
 
 
 def read_config(folder: Path) -> dict:

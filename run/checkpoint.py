@@ -11,6 +11,7 @@ from, and should one of its files be damaged later, the round before it too.
 Every file holds its own SHA-256, and what differs from it by a bit is refused: safetensors alone would take a flipped bit of
 a tensor for a number."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,10 +19,18 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors.torch import load
 from safetensors.torch import save as to_bytes
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+NAME = r'(round-(?P<round>NR)|userNR-NR)\.safetensors'.replace('NR', '(0|[1-9][0-9]*)')  # of the files here
 
 
 def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
@@ -33,12 +42,28 @@ def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
         with open(partial, 'rb+') as f:
             os.fsync(f.fileno())
         os.replace(partial, file)
-        folder = os.open(file.parent, os.O_RDONLY)
-        os.fsync(folder)  # the new name, too, survives a power cut
-        os.close(folder)
     except OSError as error:
         partial.unlink(missing_ok=True)
         cannot_write(file, error)
+    with contextlib.suppress(OSError):  # the new name, too, survives a power cut, where a system can do that to a folder
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def lock(file: Path) -> BinaryIO | None:
+    """The file, locked until it is closed or this process has died; None if another process has it. Where a system or a mount
+    has no locks, nobody is kept out. Raises OSError if the file cannot be made."""
+    opened = open(file, 'ab')
+    try:
+        fcntl and fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return opened.close()
+    except OSError:
+        pass
+    return opened
 
 
 def cannot_write(file: Path, error: OSError) -> None:
@@ -49,7 +74,7 @@ def save(file: Path, tensors: dict[str, torch.Tensor], facts: dict, **metadata: 
     """Tensors and facts (numbers and strings) as one .safetensors file. In its metadata, beside what else is given: `facts` in
     JSON, and `sha256`, of the whole file with 64 zeros in this place."""
     tensors = {name: v.detach().cpu().contiguous() for name, v in tensors.items()}
-    raw = to_bytes(tensors, {**metadata, 'facts': json.dumps(facts), 'sha256': '0' * 64})
+    raw = to_bytes(tensors, {**metadata, 'facts': json.dumps(facts, allow_nan=False), 'sha256': '0' * 64})
     at = seal(raw)
     sealed = raw[:at] + hashlib.sha256(raw).hexdigest().encode() + raw[at + 64 :]
     write_atomically(file, lambda path: path.write_bytes(sealed))
@@ -94,8 +119,8 @@ def round_file(folder: Path, t: int) -> Path:
 
 def rounds(folder: Path) -> list[int]:
     """The finished rounds that the folder has, in order; none if there is no such folder."""
-    names = [re.fullmatch(r'round-(\d+)\.safetensors', file.name) for file in (folder.iterdir() if folder.is_dir() else ())]
-    return sorted(int(match[1]) for match in names if match)
+    names = [re.fullmatch(NAME, file.name) for file in (folder.iterdir() if folder.is_dir() else ())]
+    return sorted(int(match['round']) for match in names if match and match['round'])
 
 
 def read_round(folder: Path, t: int) -> tuple[dict[str, torch.Tensor], dict]:
@@ -114,9 +139,9 @@ def check(folder: Path, t: int) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def remove_others(folder: Path, *needed: tuple[int, dict[int, int]]) -> None:
-    """Deletes all but the files of these rounds, each given as (t, last_round)."""
+    """Deletes the files of all rounds but these, each given as (t, last_round). What no run wrote stays."""
     wanted = {round_file(folder, t) for t, _ in needed}
     wanted |= {user_file(folder, i, r) for _, last_round in needed for i, r in last_round.items()}
     for file in folder.iterdir():
-        if file not in wanted:
+        if file not in wanted and re.fullmatch(NAME + r'(\.partial)?', file.name):
             file.unlink()

@@ -24,11 +24,32 @@ from run.journal import Journal
 from user import User, start_of
 
 
+def public_windows(c: SimpleNamespace, texts: Texts) -> torch.Tensor | None:
+    """(W, T): the windows of text that all may read, for the rules that need it, else None. Raises ValueError or OSError."""
+    if c.aggregate != 'consensus' and (c.aggregate, c.trust) != ('trust', 'predictions'):
+        return None
+
+    def whole(tokens: np.ndarray, n: int) -> torch.Tensor:  # the first n whole windows, or as many as there are
+        n = min(n, len(tokens) // c.block_size)
+        return torch.from_numpy(tokens[: n * c.block_size].astype(np.int64)).view(n, c.block_size)
+
+    if c.public_text:
+        windows = whole(load_text(c.public_text, texts.meta['tokenizer']), c.judge_windows)
+    else:
+        N = len(texts.n_train)
+        each, some = math.ceil(c.judge_windows / N), range(min(N, c.judge_windows))
+        windows = torch.cat([whole(texts.of(i)['valid'], each) for i in some])
+    if not len(windows):
+        raise ValueError(f'--public_text={c.public_text} is shorter than one window of {c.block_size} tokens')
+    return windows
+
+
 class Fleet:
-    def __init__(self, c: SimpleNamespace, base: GPT, texts: Texts, journal: Journal):
-        """Raises ValueError or OSError for an adapter or a public text that cannot be used."""
+    def __init__(self, c: SimpleNamespace, base: GPT, texts: Texts, journal: Journal, public: torch.Tensor | None):
+        """public: of `public_windows`. Raises ValueError or OSError for an adapter that cannot be used."""
         self.c, self.base, self.texts, self.journal, self.N = c, base, texts, journal, len(texts.n_train)
         self.n_present = max(1, round(c.participation * self.N))  # a round
+        self.some = self.n_present < self.N or c.failures > 0  # users may miss a round
         self.tested = self.sample(c.test_users or self.N, 0, 0, 1)
         self.start, self.adapter_sha256 = start_of(c, base), None  # what all users have in common at the start
         shared = [name for name in self.start if name[-1] in LEAVES.get(c.aggregate, 'AB')]  # of that, what leaves every round
@@ -40,7 +61,7 @@ class Fleet:
                 raise ValueError(f'--init_adapter: {error}') from None
             self.start |= found
         self.asked = {name: self.start[name] for name in shared}
-        self.public = self.public_windows()
+        self.public = None if public is None else public.to(base.wte.weight.device)
         self.here, self.last_round = [], {}  # users in memory; {user: the last round that it took part in}
         self.stacks = 0  # FLoRA: bytes of all that has been merged into the base
         self.warned = set()  # users about whose updates a warning has been printed
@@ -52,25 +73,6 @@ class Fleet:
                 'trust who has learned it by heart',
                 file=sys.stderr,
             )
-
-    def public_windows(self) -> torch.Tensor | None:
-        """(W, T): the windows of text that all may read, for the rules that need it, else None."""
-        c = self.c
-        if c.aggregate != 'consensus' and (c.aggregate, c.trust) != ('trust', 'predictions'):
-            return None
-
-        def whole(tokens: np.ndarray, n: int) -> torch.Tensor:  # the first n whole windows, or as many as there are
-            n = min(n, len(tokens) // c.block_size)
-            return torch.from_numpy(tokens[: n * c.block_size].astype(np.int64)).view(n, c.block_size)
-
-        if c.public_text:
-            windows = whole(load_text(c.public_text, self.texts.meta['tokenizer']), c.judge_windows)
-        else:
-            each, some = math.ceil(c.judge_windows / self.N), range(min(self.N, c.judge_windows))
-            windows = torch.cat([whole(self.texts.of(i)['valid'], each) for i in some])
-        if not len(windows):
-            raise ValueError(f'--public_text={c.public_text} is shorter than one window of {c.block_size} tokens')
-        return windows.to(self.base.wte.weight.device)
 
     # ---- who takes part, by (seed, round) alone ------------------------------------------------------------------------
     def sample(self, n: int, *key: int) -> list[int]:

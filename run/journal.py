@@ -12,12 +12,13 @@
     summary.json     the result
     eval.json, routing.html, plot.png, trust.png    by eval.py, tools/routing.py and tools/plot.py, if asked for
 
-A folder with a run in it is refused unless --resume or --overwrite is given. In a terminal a bar shows the time left and
-perplexity; a log file gets a line every round, and one a minute within it; with --quiet there is the final table only."""
+A folder with anything in it is refused unless --resume or --overwrite is given, which deletes what a run wrote and no more; one
+in which another run is at work (.lock) is refused in any case. In a terminal a bar shows the time left and perplexity; a log
+file gets a line every round, and one a minute within it; with --quiet there is the final table only."""
 
-import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configurator import cell, die, mean
+from configurator import cell, die, mean, read_config, read_json, to_json
 from federate import Tensors, n_bytes, truncate
 from model import GPT, autocast, evaluate
 from run import checkpoint, processes
@@ -38,6 +39,10 @@ from run.checkpoint import write_atomically
 from user import User
 
 FREE = ('out_dir', 'resume', 'overwrite', 'device', 'init_from', 'init_adapter', 'dataset', 'quiet')  # --resume may change them
+WRITTEN = (  # by a run and by the tools, in a run's folder
+    r'((config|summary|eval)\.json|metrics\.jsonl|routing\.html|(plot|trust)\.(png|svg)|checkpoint/NAME'
+    r'|adapters/(user(0|[1-9][0-9]*)|server|base)\.safetensors)(\.partial)?|tensorboard/events\.out\.tfevents\.[0-9]+\..+'
+).replace('NAME', checkpoint.NAME)
 
 
 def stop_on_signals(out_dir: str) -> None:
@@ -59,20 +64,61 @@ class Journal:
         self.hidden = c.quiet or processes.rank() > 0  # neither lines nor bars of this process are shown
         self.start, self.t, self.kept = 0, -1, 0  # first round to do; the current one; bytes of metrics.jsonl that are kept
         self.pending, self.results, self.losses, self.bar = [], {}, [], None
+        self.of_round, self.stepped = {}, {}  # {when: {user: round}} of results; {user: the rate of its last step}
         self.clock = {'seconds': 0.0, 'training': 0.0, 'bytes_up': 0, 'bytes_down': 0, 'steps': 0, 'checkpoints': 0.0}
-        try:
-            if self.out.exists() and not self.out.is_dir():
-                die(f'--out_dir={c.out_dir} is a file: give a folder')
-            if c.resume and not checkpoint.rounds(self.folder):
-                die(f'--resume: {c.out_dir} has no checkpoint; start without --resume')
-            if (self.out / 'config.json').exists() and not (c.resume or c.overwrite):
-                state = 'a finished run' if (self.out / 'summary.json').exists() else 'an unfinished run'
-                how = '--resume to continue it, --overwrite to replace it, or another --out_dir'
-                die(f'{c.out_dir} already holds {state}: give {how}')
-        except OSError as error:
-            die(f'cannot look into --out_dir={c.out_dir}: {error.strerror}')
+        self.lock = self.metrics = None
+        if why := self.refusal():
+            die(why)
 
     # ---- the folder --------------------------------------------------------------------------------------------------
+    def written(self) -> list[Path]:
+        """The files of a run, or of tools about it, that are in the folder."""
+        here = [file for name in ('', 'checkpoint', 'adapters', 'tensorboard') for file in (self.out / name).glob('*')]
+        return [file for file in here if re.fullmatch(WRITTEN, file.relative_to(self.out).as_posix())]
+
+    def refusal(self) -> str:
+        """Why the folder cannot be this run's, '' if it can. Only looks."""
+        c, out, other = self.c, self.out, 'or another --out_dir'
+        try:
+            here = next(place for place in (out, *out.parents) if os.path.lexists(place))
+            if not here.is_dir():
+                return f'--out_dir={c.out_dir}: {here} is a file: give a folder'
+            if not os.access(here, os.W_OK | os.X_OK):
+                return f'cannot write to --out_dir={c.out_dir}: {here} may not be changed'
+            if c.resume and not checkpoint.rounds(self.folder):
+                return f'--resume: {c.out_dir} has no checkpoint; start without --resume'
+            if (out / 'config.json').exists():
+                read_config(out)
+                if c.resume or c.overwrite:
+                    return ''
+                state = 'a finished run' if (out / 'summary.json').exists() else 'an unfinished run'
+                return f'{c.out_dir} already holds {state}: give --resume to continue it, --overwrite to replace it, {other}'
+            if files := [file for file in self.written() if file.name != 'config.json.partial']:
+                return f'{files[0]} is of no run that can be continued or replaced: take it away, {other}'
+            nothing = ('.lock', 'config.json.partial', 'checkpoint', 'adapters')  # of a run that died as it began
+            if here == out and not c.overwrite and any(place.name not in nothing for place in out.iterdir()):
+                return f'{c.out_dir} is not empty and holds no run: give --overwrite to write beside what is there, {other}'
+        except (OSError, ValueError) as error:
+            return f'cannot use --out_dir={c.out_dir}: {error}: give another'
+        return ''
+
+    def claim(self) -> None:
+        """Takes the folder before anything is read or written there. Dies if another run is at work in it, or has begun."""
+        why = ''
+        try:
+            if processes.rank() == 0:
+                self.out.mkdir(parents=True, exist_ok=True)
+                self.lock = checkpoint.lock(self.out / '.lock')
+                why = self.refusal() if self.lock else f'another run is at work in {self.out}: wait, or give another --out_dir'
+        except OSError as error:
+            why = f'cannot write to --out_dir={self.c.out_dir}: {error.strerror}'
+        if why := processes.all_gather({}, why)[0][1]:
+            die(why)
+
+    def close(self) -> None:
+        for file in filter(None, (self.metrics, self.lock)):
+            file.close()
+
     def resume(self, identity: dict) -> tuple[Tensors, dict]:
         """(tensors, facts) of the last finished round, once all its files and all lines up to it have been read. Dies if the
         base, the data or a switch that shapes the numbers is another."""
@@ -92,10 +138,11 @@ class Journal:
             if len(so_far) < facts['metrics_bytes']:
                 raise ValueError(f'{self.out}/metrics.jsonl has lost lines')
             for line in so_far.splitlines():
-                self.note(json.loads(line))
+                self.note(read_json(self.out / 'metrics.jsonl', 'kind', text=line))
             self.clock, self.kept, self.t = facts['clock'], len(so_far), self.start - 1
-        except (OSError, ValueError, KeyError) as error:
-            die(f'--resume: {error}: start again with --overwrite')
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            what = '' if isinstance(error, (OSError, ValueError)) else f'{self.out}/metrics.jsonl has what no run wrote: '
+            die(f'--resume: {what}{error}: start again with --overwrite')
         return tensors, facts
 
     def open(self, effective: dict, identity: dict, names: list[str], tested: list[int]) -> None:
@@ -110,7 +157,7 @@ class Journal:
                 self.clear()
                 versions = {'python': sys.version.split()[0], 'torch': torch.__version__, 'numpy': np.__version__}
                 effective |= {'versions': versions, 'git_commit': git_commit()}
-                write_atomically(self.out / 'config.json', lambda f: f.write_bytes(json.dumps(effective, indent=1).encode()))
+                write_atomically(self.out / 'config.json', lambda f: f.write_bytes(to_json(effective, indent=1).encode()))
         except OSError as error:
             die(f'cannot write to --out_dir={self.c.out_dir}: {error.strerror}')
         processes.all_gather()
@@ -120,18 +167,11 @@ class Journal:
 
     def clear(self) -> None:
         """The folder without an earlier run: what makes one of it goes first."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)
         (self.out / 'adapters').mkdir(exist_ok=True)
-        for old in (
-            self.out / 'summary.json',
-            *self.folder.glob('round-*'),
-            self.out / 'metrics.jsonl',
-            *(self.out / f'{picture}.{kind}' for picture in ('plot', 'trust') for kind in ('png', 'svg')),
-            *self.folder.iterdir(),
-            *self.out.glob('adapters/*.safetensors'),
-            *self.out.glob('tensorboard/events.*'),
-        ):
-            old.unlink(missing_ok=True)
+        for old in sorted(self.written(), key=lambda file: (file.name != 'summary.json', not file.name.startswith('round-'))):
+            if old.name != 'config.json':  # which is replaced
+                old.unlink()
 
     def facts(self) -> dict:
         """What the round's file keeps of the journal."""
@@ -142,6 +182,8 @@ class Journal:
     def log(self, kind: str, values: dict) -> None:
         """One line of metrics.jsonl, about one user or, from process 0, about the round. Alone, a process puts it on disk at
         once; together with others it waits for `publish`. Ends the process where training has diverged."""
+        if kind in ('train', 'router', 'eval'):
+            self.check(kind, values)
         if 'user' in values or processes.rank() == 0:
             self.pending.append({'kind': kind, 'round': self.t + 1, **values})
         if processes.world() == 1:
@@ -151,11 +193,18 @@ class Journal:
             self.resumes_training()
         if kind == 'train':
             self.show_step(values['user'], values['loss'])
-            if not math.isfinite(values['loss']):
-                sys.exit(
-                    f'user {values["user"]} ({self.name(values["user"])}): the training loss is {values["loss"]} at step '
-                    f'{values["step"]}: lower --expert_lr; the last finished round is kept in {self.folder}'
-                )
+
+    def check(self, kind: str, values: dict) -> None:
+        """Ends the process where a loss or perplexity is not finite. The cause is the user's last step, else the start."""
+        i, loss = values['user'], values['loss']
+        if not math.isfinite(loss) or not math.isfinite(values.get('ppl', 0)):
+            what = 'training' if kind == 'train' else values.get('split', 'router')
+            untrained = values.get('when') == 'pretrained' or not (self.stepped or self.start)
+            fix = 'give another base, --init_from' if untrained else f'lower {self.stepped.get(i, "--expert_lr")}'
+            where = f'user {i} ({self.name(i)}): the {what} loss is {loss:.4g} at step {values["step"]}'
+            sys.exit(f'{where}: {fix}; the last finished round is kept in {self.folder}')
+        if kind != 'eval':
+            self.stepped[i] = '--router_lr' if kind == 'router' else '--expert_lr'
 
     def resumes_training(self) -> None:
         self.mark = time.time()
@@ -170,7 +219,7 @@ class Journal:
             self.note(line)
         if processes.rank() == 0 and lines:
             try:
-                self.metrics.write(''.join(json.dumps(line) + '\n' for line in lines).encode())
+                self.metrics.write(''.join(to_json(line) + '\n' for line in lines).encode())
             except OSError as error:
                 checkpoint.cannot_write(self.out / 'metrics.jsonl', error)
 
@@ -178,6 +227,7 @@ class Journal:
         """What a run must know of all its users later."""
         if line['kind'] == 'eval':
             self.results.setdefault(line['when'], {})[line['user']] = line['ppl']
+            self.of_round.setdefault(line['when'], {})[line['user']] = line['round']
         elif line['kind'] == 'comm':
             for key in ('bytes_up', 'bytes_down'):
                 self.clock[key] += line[key]
@@ -195,9 +245,10 @@ class Journal:
             self.log('eval', {'step': user.expert_steps, 'user': i, 'split': 'test', 'when': when, **seen, **at})
         self.resumes_training()
 
-    def of_all(self, when: str) -> list[float | None]:
-        """Perplexity of every tested user at its last evaluation of that kind, None if there was none."""
-        return [self.results.get(when, {}).get(i) for i in self.tested]
+    def of_all(self, when: str, t: int | None = None) -> list[float | None]:
+        """Perplexity of every tested user at its last evaluation of that kind; None if there was none, or none in round t."""
+        known = {i: ppl for i, ppl in self.results.get(when, {}).items() if t in (None, self.of_round[when][i])}
+        return [known.get(i) for i in self.tested]
 
     # ---- what is shown -----------------------------------------------------------------------------------------------
     def rounds(self, fleet) -> Iterator[int]:
@@ -220,10 +271,11 @@ class Journal:
             yield self.t
             self.bar.update((self.t + 1) * steps - self.bar.n)  # steps of other processes, and of who failed
             self.show_round()
-            ppl = self.of_all('local')
+            ppl = self.of_all('local', self.t + 1)
             if mean(ppl) is not None and ((self.t + 1) % c.eval_every == 0 or self.t + 1 == c.rounds):
                 each = '  '.join(f'{name} {cell(p)}' for name, p in zip(self.names, ppl))
-                some = f'{cell(mean(ppl))} (mean of {sum(p is not None for p in ppl)} users)'
+                n = sum(p is not None for p in ppl)
+                some = f'{cell(mean(ppl))} (mean of {n} users' + f', of {len(ppl)} tested' * (n < len(ppl)) + ')'
                 few = everybody and len(ppl) == len(self.names) <= 8
                 self.say(f'round {self.t + 1:3}/{c.rounds}  test perplexity {each if few else some}')
         self.bar.close()
@@ -239,8 +291,10 @@ class Journal:
         self.done += 1
         self.bar.update()
         if not self.bar.disable:
-            ppl = cell(mean(self.of_all('local')))
-            self.bar.set_postfix({'round': self.t + 1, 'user': self.name(i), 'loss': f'{loss:.3f}', 'test ppl': ppl})
+            last = max(self.of_round.get('local', {0: 0}).values())
+            ppl = [p for p in self.of_all('local', last) if p is not None]
+            said = f'{cell(mean(ppl))} (round {last}, mean of {len(ppl)})' if ppl else '-'
+            self.bar.set_postfix({'round': self.t + 1, 'user': self.name(i), 'loss': f'{loss:.3f}', 'test ppl': said})
         elif time.time() - self.told > 60:
             self.show_round()
 

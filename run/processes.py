@@ -11,20 +11,36 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load, save
 
+from configurator import die
 from federate import Tensors
 
 
 def rank() -> int:
-    return int(os.environ.get('RANK', 0))
+    return int(os.environ.get('RANK') or 0)
 
 
 def world() -> int:
-    return int(os.environ.get('WORLD_SIZE', 1))
+    return int(os.environ.get('WORLD_SIZE') or 1)
+
+
+def check() -> None:
+    """Dies unless the launcher's variables say which process of how many this is, and where the others are."""
+    said = {name: os.environ.get(name, '') for name in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_PORT', 'MASTER_ADDR')}
+    n, i, local, port = (
+        int(text or name == 'WORLD_SIZE') if text.isdecimal() or not text else -1 for name, text in [*said.items()][:4]
+    )
+    if not (0 <= i < n and 0 <= local < n and 0 <= port < 2**16 and (n == 1 or all(said.values()))):
+        os.environ.pop('LOCAL_RANK', None)  # so that die speaks, whichever process this is
+        found = ' '.join(f'{name}={text}' for name, text in said.items())
+        die(f'{found}: expected numbers, ranks from 0 below WORLD_SIZE, and all five if it is above 1: start it with torchrun')
 
 
 def start() -> None:
     if world() > 1:  # who dies closes its connections, and the others notice at once
-        dist.init_process_group('gloo', timeout=datetime.timedelta(days=7))
+        try:
+            dist.init_process_group('gloo', timeout=datetime.timedelta(days=7))
+        except (RuntimeError, ValueError) as error:
+            die(f'process {rank()} of {world()} cannot reach MASTER_ADDR and MASTER_PORT ({str(error).splitlines()[0][:80]})')
 
 
 def end() -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import resource
 import sys
 import time
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from configurator import mean, table
+from configurator import mean, table, to_json
 from federate import ONE_MODEL, Tensors, truncate
 from lora_moe import ATTENTION_RANK, scaling, shape_of
 from model import autocast, evaluate, load_gpt, perplexity
@@ -40,7 +39,7 @@ def report(c: SimpleNamespace, fleet: Fleet, journal: Journal, server: Tensors) 
     if c.aggregate == 'flora':
         original = load_gpt(c.init_from).to(c.device)
         server = fleet.merge(server)
-    for user in users if fleet.asked and c.rounds else ():  # the same users once more, after the last aggregation
+    for user in users if c.rounds and (fleet.asked or fleet.some) else ():  # once more, after the last aggregation
         user.receive(server, journal.t, fleet.stacks)
         journal.test(user, 'aggregated')
     journal.publish()
@@ -49,9 +48,8 @@ def report(c: SimpleNamespace, fleet: Fleet, journal: Journal, server: Tensors) 
     journal.publish()
     trainable = processes.gather({user.id: {'n': torch.tensor(user.trainable)} for user in users})
     processes.end()
-    journal.metrics.close()
     summary = summarise(c, fleet, journal, [own['n'].item() if c.rounds else 0 for own in trainable.values()])
-    write_atomically(journal.out / 'summary.json', lambda file: file.write_bytes(json.dumps(summary, indent=1).encode()))
+    write_atomically(journal.out / 'summary.json', lambda file: file.write_bytes(to_json(summary, indent=1).encode()))
     show(c, journal, summary)
     return summary
 
@@ -76,8 +74,9 @@ def save_adapters(c: SimpleNamespace, fleet: Fleet, journal: Journal, server: Te
 def summarise(c: SimpleNamespace, fleet: Fleet, journal: Journal, trainable: list[int]) -> dict:
     """summary.json: perplexities of the tested users, sizes, bytes of all rounds, seconds."""
     clock, users = journal.clock, fleet.texts.meta['users']
-    ppl = journal.of_all('pretrained' if c.rounds == 0 else 'fused' if c.aggregate == 'fdlora' else 'local')
-    aggregated = journal.of_all('aggregated')
+    when = 'aggregated' if fleet.some else 'fused' if c.aggregate == 'fdlora' else 'local'  # what all have at one moment
+    when = when if c.rounds else 'pretrained'
+    ppl, aggregated = journal.of_all(when), journal.of_all('aggregated')
     n_tokens = [1 if c.target == 'mixture' else users[i]['tokens']['test'] - 1 for i in journal.tested]
     step_tokens = c.batch_size * (len(users) if c.pooled else 1) * c.block_size
     shared = sum(v.numel() for v in truncate(fleet.asked, c.lora_rank[0]).values())
@@ -91,8 +90,9 @@ def summarise(c: SimpleNamespace, fleet: Fleet, journal: Journal, trainable: lis
         'user_ids': journal.tested,
         'mean_test_ppl': mean(ppl),
         'test_ppl': ppl,
+        'test_when': when,
         'pretrained_test_ppl': journal.of_all('pretrained'),
-        'aggregated_test_ppl': aggregated if fleet.asked and c.rounds else None,
+        'aggregated_test_ppl': aggregated if None not in aggregated else None,
         'mean_aggregated_test_ppl': mean(aggregated),
         # exp of the mean loss over all test tokens: what a model of pooled text is scored by elsewhere, below the mean of users
         'pooled_test_ppl': None if None in ppl else perplexity(np.average(np.log(ppl), weights=n_tokens)),
@@ -107,15 +107,25 @@ def summarise(c: SimpleNamespace, fleet: Fleet, journal: Journal, trainable: lis
         'seconds_per_round': journal.seconds_per_round,
         'checkpoint_seconds': clock['checkpoints'] / max(1, c.rounds),  # of a round
         'tokens_per_second': clock['steps'] * step_tokens / clock['training'] if clock['steps'] else None,
-        'peak_rss_bytes': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024),
+        'peak_rss_bytes': peak_memory(),
     }
+
+
+def peak_memory() -> int | None:
+    """The most memory that this process has had, in bytes; None on a system that does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 def show(c: SimpleNamespace, journal: Journal, summary: dict) -> None:
     """The final table, and where everything is."""
     columns = {'pretrained': summary['pretrained_test_ppl'], c.method: summary['test_ppl']}
-    columns |= {'after aggregation': summary['aggregated_test_ppl'] or []}
-    columns = {name: column for name, column in columns.items() if mean(column) is not None}  # of a few tested, perhaps nobody
+    if summary['aggregated_test_ppl']:
+        both = {c.method: summary['test_ppl']} if summary['test_when'] != 'aggregated' else {}
+        columns = {'pretrained': columns['pretrained'], **both, 'after aggregation': summary['aggregated_test_ppl']}
     rows = [[name, *row] for name, row in zip(summary['users'], zip(*columns.values()))]
     last_row = [f'mean of {len(rows)}' if len(rows) > 20 else 'mean', *map(mean, columns.values())]
     print(table(['test perplexity', *columns], [*(rows if len(rows) <= 20 else ()), last_row]))

@@ -22,7 +22,6 @@ import importlib.util
 import json
 import multiprocessing
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -41,6 +40,7 @@ from configurator import die, parser, table
 from data.stream import SPLITS, write_streams
 from lora_moe import add_lora, load_balance_loss
 from model import GPT, GPTConfig, autocast, evaluate, fast_fp32, save_gpt, store_in_bf16
+from run.report import peak_memory
 from tests.plain import PlainGPT, compare, randomised
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -234,7 +234,7 @@ def peak_of_step(args: argparse.Namespace, who: str, dtype: str, windows: int, m
     step(), step()
     if args.device == 'cuda':
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    return peak_memory()
 
 
 def memory(args: argparse.Namespace) -> dict:

@@ -11,7 +11,6 @@ what was drawn before; the same folder on the same machine is the same run of W&
 
 import argparse
 import hashlib
-import json
 import platform
 import sys
 import time
@@ -19,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import die, parser
+from configurator import die, parser, read_config, read_json
 
 PAUSE = 2.0  # seconds between two looks at a file that grows
 
@@ -38,7 +37,7 @@ def lines(run: Path, follow: bool) -> Iterator[dict | None]:
             for raw in f:
                 if raw.endswith(b'\n'):  # else it is still being written
                     at += len(raw)
-                    yield json.loads(raw)
+                    yield read_json(file, 'kind', text=raw)
         if finished or not follow:
             return
         time.sleep(PAUSE)
@@ -80,7 +79,7 @@ def end(args: argparse.Namespace, board, ours) -> None:
     if board:
         board.close()
     if ours:
-        summary = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
+        summary = read_json(file) if file.exists() else {}
         ours.summary.update({name: value for name, value in summary.items() if type(value) in (int, float, str)})
         ours.finish()
 
@@ -99,7 +98,7 @@ def main(argv: list[str]) -> None:
         for line in lines(args.run, args.follow):
             if line is None:  # from the first line
                 end(args, board, ours)
-                config, number = json.loads((args.run / 'config.json').read_text(encoding='utf-8')), 0
+                config, number = read_config(args.run), 0
                 board, ours = begin(args, config)
                 continue
             x, y = points(line, config['n_generalists'])
@@ -112,7 +111,9 @@ def main(argv: list[str]) -> None:
         pass
     except ImportError as error:
         die(f'{error}: curves need their packages: pip install -r requirements-log.txt')
-    except (OSError, ValueError, KeyError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
+        die(f'{args.run}/metrics.jsonl has what no run wrote ({error!r})')
+    except (OSError, ValueError) as error:
         die(error)
     end(args, board, ours)
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import cell, die, home, parser
+from configurator import cell, die, home, parser, read_json
 from eval import open_base, read_run, who_is
 from federate import Tensors, pairs
 from lora_moe import scaling
@@ -59,7 +59,7 @@ def write(folder: Path, prefix: str, config: dict, tensors: Tensors) -> None:
     """PREFIXconfig.json and PREFIXmodel.safetensors, as transformers and PEFT look for them."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({n: t.contiguous() for n, t in tensors.items()}, folder / f'{prefix}model.safetensors', {'format': 'pt'})
-    (folder / f'{prefix}config.json').write_text(json.dumps(config, indent=1), encoding='utf-8')
+    (folder / f'{prefix}config.json').write_text(json.dumps(config, indent=1, allow_nan=False), encoding='utf-8')
 
 
 def write_adapter(folder: Path, lora: Tensors, alpha: float, base: str) -> None:
@@ -88,8 +88,9 @@ def write_gpt(folder: Path, gpt: GPT) -> None:
 def write_readme(args: argparse.Namespace, c: SimpleNamespace, who: str, i: int | None, experts: list, base: str) -> None:
     """DIR/README.md: what this is of, the perplexity of user i where it was measured, how to load it."""
     file, perplexity = args.run / 'summary.json', ''
-    summary = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
-    if i in summary.get('user_ids', ()) and not c.pooled:
+    summary = read_json(file, 'user_ids', 'test_ppl', 'pretrained_test_ppl') if file.exists() else {}
+    measured = i in summary.get('user_ids', ()) and summary.get('test_when') != 'aggregated'  # which is later than the adapters
+    if measured and not c.pooled:
         ppl, before = (cell(summary[key][summary['user_ids'].index(i)]) for key in ('test_ppl', 'pretrained_test_ppl'))
         perplexity = f"\nTest perplexity ({c.target} text) of this user's model in the run: {ppl}; of the base: {before}.\n"
     gpt, adapter = base if args.to == 'peft' else str(args.dir), ''

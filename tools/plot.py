@@ -11,7 +11,6 @@ Runs that differ in the seed only are one line: their mean, shaded by their devi
 are fig3 of other runs: `python tools/reproduce.py fig6` makes those and draws them. Without --out, figures go to out/fig3.png
 and so on. Read are config.json, metrics.jsonl and, for fig9, summary.json of a run, and data/NAME/meta.json."""
 
-import json
 import sys
 import textwrap
 import warnings
@@ -24,7 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import die, folder_of, home, parser
+from configurator import die, folder_of, home, parser, read_config, read_json
 
 # Okabe and Ito's colours, told apart by the colour-blind (grey for their yellow, which is none on paper); markers say it again
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#888888', '#000000')
@@ -37,31 +36,24 @@ APART = ('seed', 'out_dir', 'resume', 'overwrite', 'device', 'versions', 'git_co
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
-def read_json(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as error:
-        die(f'{file} cannot be read ({error})')
-
-
 def read(folder: str | Path) -> SimpleNamespace:
     """A run, finished or not: config; meta, of its data ({} if that is gone); base {user: perplexity before training}; trust,
     its lines of that kind; evals, its test evaluations after local steps: user, ppl, perhaps scores (L, E), and x, the expert
     steps. Where users are too many to draw (many), they all are user -1, and x is the round."""
     folder = Path(folder)
-    run = SimpleNamespace(folder=folder, config=read_json(folder / 'config.json'))
+    run = SimpleNamespace(folder=folder, config=read_config(folder))
     meta = folder_of(run.config['dataset']) / 'meta.json'
     run.meta, run.many = read_json(meta) if meta.exists() else {}, len(run.config['users']) > MANY
     run.x, x = ('communication round', 'round') if run.many else ('expert steps', 'step')
     try:
         text = (folder / 'metrics.jsonl').read_text(encoding='utf-8')
-        lines = [json.loads(line) for line in text.splitlines() if '"kind": "eval"' in line or '"kind": "trust"' in line]
+        lines = [read_json(folder / 'metrics.jsonl', 'kind', text=line) for line in text.splitlines()]
         run.trust = [line for line in lines if line['kind'] == 'trust']
         run.base = {line['user']: line['ppl'] for line in lines if line.get('when') == 'pretrained'}
         local = [line for line in lines if (line.get('when'), line.get('split')) == ('local', 'test')]
         run.evals = [{**line, 'user': -1 if run.many else line['user'], 'x': line[x]} for line in local]
-    except (OSError, ValueError, KeyError) as error:
-        die(f'{folder}/metrics.jsonl cannot be read ({error!r})')
+    except (KeyError, TypeError) as error:
+        raise ValueError(f'{folder}/metrics.jsonl has what no run wrote ({error!r})') from None
     if run.many and run.base:
         run.base = {-1: np.mean([*run.base.values()])}
     run.users = sorted({e['user'] for e in run.evals})
@@ -150,7 +142,7 @@ def heading(what: str, runs: list[SimpleNamespace]) -> str:
 
 def title_of(run: SimpleNamespace, user: int) -> str:
     if user == -1:
-        return f'mean of the users tested ({len(run.config["users"])} in all)'
+        return f'mean of the users tested in a round ({len(run.config["users"])} in all)'
     n, name = run.meta['users'][user]['tokens']['train'] if run.meta else 0, run.config['users'][user]
     return name + (f' ({n / 1e3:g} kB)' if run.meta.get('tokenizer') == 'bytes' else f' ({count(n)})' if n else '')
 
@@ -244,7 +236,7 @@ def grid(what: str, folders: list) -> Figure:
     runs, cells = read_all(folders), {}
     labelled(runs)  # refuses what is given twice
     for run in runs:
-        result = read_json(run.folder / 'summary.json')['mean_test_ppl']
+        result = read_json(run.folder / 'summary.json', 'mean_test_ppl')['mean_test_ppl']
         cells.setdefault((run.config['router_every'], run.config['router_steps']), []).append(result)
     every, steps = (sorted({key[i] for key in cells}) for i in (0, 1))
     values = np.array([[np.mean(cells.get((tau, s), [np.nan])) for s in steps] for tau in every])  # (every, steps)
@@ -342,11 +334,14 @@ PICTURES |= dict.fromkeys(('fig3', 'fig6', 'fig7', 'fig8', 'fig10', 'fig11', 'fi
 
 def draw(kind: str, given: list, out: Path) -> list[Path]:
     """Writes `out` as .png and .svg: the same input, the same bytes. Dies with one line before it writes anything."""
-    with matplotlib.style.context(STYLE), warnings.catch_warnings(category=UserWarning, action='ignore'):  # no font has it all
-        fig = PICTURES[kind](kind.replace('fig', 'Figure '), given)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        fig.savefig(out.with_suffix('.svg'), metadata={'Date': None})
-        fig.savefig(out.with_suffix('.png'))
+    try:
+        with matplotlib.style.context(STYLE), warnings.catch_warnings(category=UserWarning, action='ignore'):  # no font has all
+            fig = PICTURES[kind](kind.replace('fig', 'Figure '), given)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            fig.savefig(out.with_suffix('.svg'), metadata={'Date': None})
+            fig.savefig(out.with_suffix('.png'))
+    except (OSError, ValueError) as error:
+        die(error)
     return [out.with_suffix('.png'), out.with_suffix('.svg')]
 
 
@@ -364,8 +359,11 @@ def main(argv: list[str]) -> None:
     options.add_argument('--out', type=home, metavar='FILE.png', help='where the picture goes')
     args = options.parse_args(argv)
     if args.kind == 'run' and not args.out:
-        for folder in args.given:
-            read_all([folder])  # before the first is drawn
+        try:
+            for folder in args.given:
+                read_all([folder])  # before the first is drawn
+        except (OSError, ValueError) as error:
+            die(error)
         files = [file for folder in args.given for file in run(folder)]
     else:
         folder = args.given[0] if args.kind == 'trust' else 'out'

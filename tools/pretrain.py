@@ -77,6 +77,8 @@ def learn(c: SimpleNamespace, model: GPT, train: np.ndarray) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
         optimizer.step()
+        if not loss.isfinite():
+            sys.exit(f'the loss is {loss.item()} at step {step}: lower --lr; {c.out} is the last that was saved')
         if step % 100 == 0:
             bar.set_postfix(loss=f'{loss.item():.3f}')
         if step % 1000 == 999:
@@ -105,14 +107,13 @@ def main(argv: list[str]) -> None:
     folder = folder_of(c.dataset)
     try:
         usable(c.device)
-        vocab_size = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))['vocab_size']
-        texts = Texts(folder, c.n_positions, vocab_size)
-    except (OSError, ValueError, KeyError) as error:
+        texts = Texts(folder, c.n_positions, None)
+    except (OSError, ValueError) as error:
         die(error)
     users = [texts.of(i) for i in range(len(texts.names))]
     train = np.concatenate([user['train'] for user in users])
     torch.manual_seed(c.seed)
-    model = GPT(GPTConfig(vocab_size, c.n_positions, c.n_layer, c.n_head, c.n_embd)).to(c.device)
+    model = GPT(GPTConfig(texts.meta['vocab_size'], c.n_positions, c.n_layer, c.n_head, c.n_embd)).to(c.device)
     n_parameters, seen = sum(p.numel() for p in model.parameters()), c.steps * c.batch_size * c.n_positions
     print(f'{n_parameters:,} parameters, {len(train):,} train tokens, {seen / len(train):.2f} passes')
     started = time.time()

@@ -19,7 +19,6 @@ A run is the folder out/reproduce/DATASET/ROW-seedS-HASH, found by the hash of a
 never repeated. An interrupted sweep continues: give the same command again. A run that fails is named with its last line, and
 the others go on. HetLoRA tries the paper's three penalties on the first seed; validation perplexity chooses."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -33,19 +32,19 @@ import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import configure, die, folder_of, mean, parser, table
+from configurator import configure, die, folder_of, mean, parser, read_config, read_json, table
 from tools import plot
-from tools.plot import read_json
 
 TRAIN = Path(__file__).resolve().parent.parent / 'train.py'
 TITLES = {f'table{i}': f'Table {i}' for i in (1, 2, 4, 5)} | {'related': 'Related systems and ablations'}
 TITLES |= {f'fig{i}': f'Figure {i}' for i in (2, 3, 4, 6, 7, 8, 9, 10, 11, 12)}
+RESULT = 'mean_test_ppl mean_valid_ppl users rounds seconds bytes_up bytes_down trainable_params'.split()  # of summary.json
 CURVES = ('fig3', 'fig4', 'fig6', 'fig7', 'fig8', 'fig10', 'fig11', 'fig12')  # drawn over training: evaluated every 2 rounds
 SEEDS = '42,45,47'  # the paper's
 PRUNE_COEFS = (5e-2, 5e-3, 5e-4)  # HetLoRA's sweep (the paper's appendix C.2); validation perplexity chooses
@@ -159,7 +158,7 @@ def rounds_done(run: dict) -> int | None:
 
 
 def summary(run: dict) -> dict:
-    return read_json(run['folder'] / 'summary.json')
+    return read_json(run['folder'] / 'summary.json', *RESULT)
 
 
 def tried(row: dict, setup: dict) -> dict:
@@ -205,16 +204,15 @@ def machine_of(jobs: int, device: str) -> tuple[int, int, list[str], str]:
     return jobs, threads, gpus, words
 
 
-def locked(dataset: str) -> TextIO:
+def locked(dataset: str) -> BinaryIO:
     """The lock of a data set's runs, which they inherit: it is free when the last one has ended."""
+    from run.checkpoint import lock  # and with it torch: not for --help
+
     file = Path('out', 'reproduce', dataset, '.lock')
     file.parent.mkdir(parents=True, exist_ok=True)
-    lock = open(file, 'w', encoding='utf-8')
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not (held := lock(file)):
         die(f'another sweep of {dataset}, or a run that it left behind, is at work in {file.parent}: wait for it')
-    return lock
+    return held
 
 
 def start(run: dict, gpu: str, threads: int, words: str, lock: int) -> subprocess.Popen:
@@ -227,7 +225,7 @@ def start(run: dict, gpu: str, threads: int, words: str, lock: int) -> subproces
         env['CUDA_VISIBLE_DEVICES'] = gpu
     with open(run['folder'] / 'log.txt', 'a', encoding='utf-8') as log:
         streams = {'stdin': subprocess.DEVNULL, 'stdout': log, 'stderr': subprocess.STDOUT}
-        return subprocess.Popen(command, env=env, pass_fds=[lock], **streams)
+        return subprocess.Popen(command, env=env, pass_fds=[lock] if os.name == 'posix' else (), **streams)
 
 
 def ending(run: dict, status: int) -> str:
@@ -407,7 +405,7 @@ def write(which: str, rows: list[dict], setup: dict, command: str) -> str:
         return 'wrote ' + ' and '.join(map(str, plot.draw(which, [setup['dataset']], file)))
     records = [record(row, setup) for row in rows]
     folders = [Path(s['folder']) for r in records for s in r['seeds']]
-    configs = {folder: read_json(folder / 'config.json') for folder in folders}
+    configs = {folder: read_config(folder) for folder in folders}
     title = f'{TITLES[which]} on {setup["dataset"]}'
     title += departures(which, max(configs.values(), key=lambda c: c['rounds']), setup)
     notes, drawn = notes_of(which, records, configs, setup, command), which in plot.PICTURES
@@ -494,7 +492,10 @@ def main(argv: list[str]) -> None:
         print('reproduce.py: interrupted; the same command continues where it stopped', file=sys.stderr)
         sys.exit(130)
     for which in tables:
-        print(write(which, rows[which], setup, shlex.join(['python', 'tools/reproduce.py', *argv])))
+        try:
+            print(write(which, rows[which], setup, shlex.join(['python', 'tools/reproduce.py', *argv])))
+        except (OSError, ValueError) as error:
+            die(error)
 
 
 if __name__ == '__main__':

@@ -181,10 +181,13 @@ def main(argv: list[str]) -> None:
     with autocast(run.base.wte.weight.device, run.c.dtype):
         page = look(run, data, enc, args.passage_tokens or (400 if enc.name == 'bytes' else 150))
     file = args.run / 'routing.html'
-    file.write_text(html(page), encoding='utf-8')
     print('share of tokens whose top-1 expert is a generalist, mean over layers, and perplexity: test text (row) under model')
     rows = [[t['name'], *(f'{mean(one["share"]):.3f} / {cell(one["ppl"])}' for one in t['cells'])] for t in page['texts']]
     print(table(['text', *page['models']], rows))
+    try:
+        file.write_text(html(page), encoding='utf-8')
+    except OSError as error:
+        die(error)
     print(f'\nwrote {file} ({file.stat().st_size / 1e6:.2f} MB)')
 
 
