@@ -223,13 +223,13 @@ def to_json(value: object, **how) -> str:
 def read_json(file: Path, *keys: str, text: str | bytes | None = None) -> dict:
     """The object in a JSON file, or in a `text` out of it, which has these keys. Raises ValueError naming the file."""
     try:
-        found = json.loads(file.read_bytes() if text is None else text)
-    except (OSError, ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(f'{file} has no JSON object {{...}}: {what_it_is(file)}')
-    if missing := [key for key in keys if key not in found]:
-        raise ValueError(f'{file} has no {missing[0]!r}: expected a file with {", ".join(keys)}')
+        found = json.loads(Path(file).read_bytes() if text is None else text)
+        missing = [key for key in keys if key not in found] if isinstance(found, dict) else []
+        why = f'it has no {missing[0]}' if missing else '' if isinstance(found, dict) else 'it is no JSON object {...}'
+    except (OSError, ValueError, RecursionError) as error:
+        why = getattr(error, 'strerror', None) or error
+    if why:
+        raise ValueError(f'{file} cannot be read: {why}')
     return found
 
 
@@ -249,26 +249,10 @@ def read_config(run: Path) -> dict:
         like = type(SWITCHES.get(name, value))
         return name != 'tested' and (type(value) is like or (like, type(value)) == (float, int))
 
-    for name, value in config.items():
-        if not fits(name, value):
-            raise ValueError(f'{file} is not that of a run: {name} is {value!r:.80}')
+    for name in ('users', *config):
+        if not fits(name, config[name]):
+            raise ValueError(f'{file} is not that of a run: {name} is {config[name]!r:.80}')
     return config
-
-
-def what_it_is(file: Path) -> str:
-    """Of a file that cannot be read: what it is, and what to do."""
-    try:
-        with open(file, 'rb') as f:
-            head = f.read(20)
-    except OSError as error:
-        return f'{error.strerror}, expected a file that can be read'
-    if head.startswith(b'version https://git'):
-        return 'it is a Git LFS pointer, and `git lfs pull` gets the file itself'
-    if re.fullmatch(rb'(\xef\xbb\xbf)?[\t\n\r -~]+', head[:8]):
-        return f'it is text that begins with {head.decode(errors="replace")!r}, maybe of a failed download: get it again'
-    if head and (head.startswith(b'PK') or file.suffix not in ('.safetensors', '.json')):
-        return 'it is not tensors alone in a format that is read: write it with save_pretrained of transformers'
-    return 'it is empty, cut short, damaged or of another format: copy or download it again'
 
 
 def mean(values: list[float | None]) -> float | None:

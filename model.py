@@ -28,8 +28,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configurator import read_json, what_it_is
-
 HUB = {
     'gpt2': 'openai-community/gpt2',
     'gpt2-medium': 'openai-community/gpt2-medium',
@@ -313,7 +311,7 @@ def load_gpt(source: str) -> GPT:
                 raise ValueError(f'{source} has {name} twice, in several files or as transformer.{name}: expected once')
         own_config = metadata.get('gpt_config', own_config)
     if own_config is not None:
-        config = as_config(read_json(file, text=own_config), f'gpt_config in {source}')
+        config = as_config(read_json(file, own_config), f'gpt_config in {source}')
     else:
         config, tensors = hub_config(files[0].parent / 'config.json'), from_hub(tensors)
 
@@ -400,6 +398,30 @@ def read_tensors(file: Path) -> tuple[dict, dict]:
         if all(isinstance(n, str) and (t.layout, t.device.type) == (torch.strided, 'cpu') for n, t in tensors.items()):
             return tensors, {}
     raise ValueError(f'{file} cannot be read as model weights: {what_it_is(file)}')
+
+
+def read_json(file: Path, text: str | None = None) -> dict:
+    """The object in a JSON file, or in a text out of it. Raises ValueError if there is none."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if isinstance(found := json.loads(file.read_bytes() if text is None else text), dict):
+            return found
+    raise ValueError(f'{file} has no JSON object {{...}}: {what_it_is(file)}')
+
+
+def what_it_is(file: Path) -> str:
+    """Of a file that cannot be read: what it is, and what to do."""
+    try:
+        with open(file, 'rb') as f:
+            head = f.read(20)
+    except OSError as error:
+        return f'{error.strerror}, expected a file that can be read'
+    if head.startswith(b'version https://git'):
+        return 'it is a Git LFS pointer, and `git lfs pull` gets the file itself'
+    if re.fullmatch(rb'(\xef\xbb\xbf)?[\t\n\r -~]+', head[:8]):
+        return f'it is text that begins with {head.decode(errors="replace")!r}, maybe of a failed download: get it again'
+    if head and (head.startswith(b'PK') or file.suffix not in ('.safetensors', '.json')):
+        return 'it is not tensors alone in a format that is read: write it with save_pretrained of transformers'
+    return 'it is empty, cut short, damaged or of another format: copy or download it again'
 
 
 def as_config(given: dict, where: object) -> GPTConfig:

@@ -75,6 +75,7 @@ def prepare(c: SimpleNamespace, journal: Journal) -> tuple[Fleet, Tensors]:
     """The users, and the server's tensors to begin with, or of the round that is continued. What is at hand is checked before
     a base is fetched."""
     given, folder = dict(vars(c)), folder_of(c.dataset)
+    switches = {key: value for key, value in given.items() if key not in FREE}
     known = GPTConfig() if c.init_from in HUB else GPTConfig(None, 2**62)  # what all bases of the Hub have
     try:
         c.device = pick_device(c.device)
@@ -83,6 +84,8 @@ def prepare(c: SimpleNamespace, journal: Journal) -> tuple[Fleet, Tensors]:
         public = public_windows(c, texts)
         if c.init_adapter:
             check_peft(Path(c.init_adapter))
+        if c.resume:
+            journal.resume(switches)
         base = load_gpt(c.init_from).to(c.device)
         read_meta(folder, base.config.vocab_size)
         fit(c, N=len(texts.n_train), n_positions=base.config.n_positions)
@@ -90,7 +93,7 @@ def prepare(c: SimpleNamespace, journal: Journal) -> tuple[Fleet, Tensors]:
         fleet = Fleet(c, base, texts, journal, public)
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
         die(error)
-    identity = identity_of(given, base, fleet)  # before the base is stored otherwise
+    identity = identity_of(switches, base, fleet)  # before the base is stored otherwise
     c.dtype = settle_precision(c, base)
     try_out(c)
     processes.start()
@@ -137,14 +140,12 @@ def settle_precision(c: SimpleNamespace, base: GPT) -> str:
     return dtype
 
 
-def identity_of(given: dict, base: GPT, fleet: Fleet) -> dict:
+def identity_of(switches: dict, base: GPT, fleet: Fleet) -> dict:
     """What must be the same for a run to be continued: the base, the text and every switch that shapes the numbers."""
     sums = json.dumps([user['sha256'] for user in fleet.texts.meta['users']])
     public = None if fleet.public is None else hashlib.sha256(fleet.public.cpu().numpy().tobytes()).hexdigest()
-    identity = {key: value for key, value in given.items() if key not in FREE}
-    identity |= {'base': fingerprint(base), 'adapter': fleet.adapter_sha256, 'public': public}
-    identity |= {'data': hashlib.sha256(sums.encode()).hexdigest()}
-    return json.loads(json.dumps(identity))  # as a file gives it back: tuples are lists
+    identity = {'base': fingerprint(base), 'adapter': fleet.adapter_sha256, 'public': public}
+    return {**switches, **identity, 'data': hashlib.sha256(sums.encode()).hexdigest()}
 
 
 def main(argv: list[str]) -> SimpleNamespace:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 
-from configurator import read_json
 from federate import Tensors, pairs
 from lora_moe import scaling
-from model import read_tensors
+from model import read_json, read_tensors
 
 IN_PEFT = r'base_model\.model\.transformer\.(h\.\d+\.(?:attn|mlp)\.\w+)\.lora_([AB])\.weight'
 # of an adapter's configuration: what does not change the meaning of its tensors, or is read below

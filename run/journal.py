@@ -16,6 +16,7 @@ A folder with anything in it is refused unless --resume or --overwrite is given,
 in which another run is at work (.lock) is refused in any case. In a terminal a bar shows the time left and perplexity; a log
 file gets a line every round, and one a minute within it; with --quiet there is the final table only."""
 
+import json
 import math
 import os
 import re
@@ -73,7 +74,8 @@ class Journal:
     # ---- the folder --------------------------------------------------------------------------------------------------
     def written(self) -> list[Path]:
         """The files of a run, or of tools about it, that are in the folder."""
-        here = [file for name in ('', 'checkpoint', 'adapters', 'tensorboard') for file in (self.out / name).glob('*')]
+        folders = [self.out, self.folder, self.out / 'adapters', self.out / 'tensorboard']
+        here = [file for folder in folders if folder == self.out or not folder.is_symlink() for file in folder.glob('*')]
         return [file for file in here if re.fullmatch(WRITTEN, file.relative_to(self.out).as_posix())]
 
     def refusal(self) -> str:
@@ -87,6 +89,8 @@ class Journal:
                 return f'cannot write to --out_dir={c.out_dir}: {here} may not be changed'
             if c.resume and not checkpoint.rounds(self.folder):
                 return f'--resume: {c.out_dir} has no checkpoint; start without --resume'
+            if not c.resume and (links := [folder for folder in (self.folder, out / 'adapters') if folder.is_symlink()]):
+                return f'{links[0]} is a link, and a run stays in its folder: give another --out_dir'
             if (out / 'config.json').exists():
                 read_config(out)
                 if c.resume or c.overwrite:
@@ -95,8 +99,9 @@ class Journal:
                 return f'{c.out_dir} already holds {state}: give --resume to continue it, --overwrite to replace it, {other}'
             if files := [file for file in self.written() if file.name != 'config.json.partial']:
                 return f'{files[0]} is of no run that can be continued or replaced: take it away, {other}'
-            nothing = ('.lock', 'config.json.partial', 'checkpoint', 'adapters')  # of a run that died as it began
-            if here == out and not c.overwrite and any(place.name not in nothing for place in out.iterdir()):
+            begun = {out / '.lock', out / 'config.json.partial', self.folder, out / 'adapters'}  # by a run that died at once
+            there = [place for folder in (out, self.folder, out / 'adapters') for place in folder.glob('*')]
+            if not c.overwrite and not begun.issuperset(there):
                 return f'{c.out_dir} is not empty and holds no run: give --overwrite to write beside what is there, {other}'
         except (OSError, ValueError) as error:
             return f'cannot use --out_dir={c.out_dir}: {error}: give another'
@@ -130,6 +135,7 @@ class Journal:
                 file, before = checkpoint.round_file(self.folder, self.start), self.start - 1
                 checkpoint.check(self.folder, before)
                 die(f'--resume: {error}; round {before} is intact: delete {file}, and --resume continues after it')
+            identity = json.loads(json.dumps(identity))  # as a file gives it back: tuples are lists
             changed = [key for key in identity if facts['identity'].get(key) != identity[key]]
             if changed:
                 die(f'--resume: {self.out} was made with another {", ".join(changed)}; use the same, or another --out_dir')

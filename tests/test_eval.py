@@ -1,6 +1,9 @@
 """eval.py: a run's folder back into models, and the tables: perplexity, routing shares, the generalist alone, several runs."""
 
+import errno
 import json
+import math
+import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from safetensors.torch import load_file
 import configurator
 import eval as eval_file
 from model import GPT, evaluate, save_gpt
+from tools import routing
 
 
 @pytest.fixture(scope='module')
@@ -170,18 +174,51 @@ def test_table_of_several_runs(train, mixed, capsys, tmp_path):
         (lambda run: (run / 'config.json').unlink(), [], 'no config.json'),
         (lambda run: (run / 'adapters/user1.safetensors').write_bytes(b'x'), [], 'user1.safetensors is damaged'),
         (lambda run: shutil.rmtree(run / 'checkpoint') or (run / 'summary.json').unlink(), [], 'no finished round'),
+        (lambda run: (run / 'config.json').write_text('[]'), [], 'config.json cannot be read: it is no JSON object'),
+        (lambda run: (run / 'config.json').write_text('{'), [], 'config.json cannot be read'),
+        (lambda run: change(run, users=3), [], 'config.json is not that of a run: users is 3'),
         (lambda run: None, ['--target=theirs'], 'expected own or mixture'),
         (lambda run: None, ['--target=own,mixture'], 'only for a table of several runs'),
         (lambda run: None, ['--init_from=nowhere'], 'no base model'),
         (lambda run: None, ['--device=tpu9'], 'cannot use the device tpu9'),
     ],
-    ids=['no run', 'damaged', 'no round', 'target', 'two targets', 'base', 'device'],
+    ids=['no run', 'damaged', 'no round', 'a list', 'cut', 'users', 'target', 'two targets', 'base', 'device'],
 )
 def test_bad_input(copy, capsys, spoil, args, message):
     (copy / 'eval.json').unlink(missing_ok=True)
     spoil(copy)
     assert message in refused(capsys, eval_file.main, [str(copy), *args])
     assert not (copy / 'eval.json').exists()
+
+
+def test_a_summary_that_is_none(finished, copy, capsys):
+    for text in ('[]', '{', '{"target": "own"}'):
+        (copy / 'summary.json').write_text(text)
+        assert f'{copy}/summary.json cannot be read' in refused(capsys, eval_file.main, [str(finished.out), str(copy)])
+
+
+def test_a_run_that_cannot_be_written_is_told_all_the_same(copy, capsys, monkeypatch):
+    """The figures, then one line."""
+
+    def read_only(file, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(file))
+
+    (copy / 'eval.json').unlink(missing_ok=True)
+    monkeypatch.setattr(Path, 'write_text', read_only)
+    for main, what in ((eval_file.main, 'eval.json'), (routing.main, 'routing.html')):
+        with pytest.raises(SystemExit) as end:
+            main([str(copy)])
+        out, err = capsys.readouterr()
+        assert end.value.code == 2 and 'user 2' in out and 'wrote' not in out
+        assert err.count('\n') == 1 and f"Read-only file system: '{copy}/{what}'" in err
+
+
+def test_what_is_not_finite_is_null(finished, copy, monkeypatch, capsys):
+    """A model that diverged on another text: printed as it is, and no word that JSON does not know."""
+    result = {'loss': math.nan, 'ppl': math.inf, 'tokens': 3, 'scores': None, 'top1': None}
+    monkeypatch.setattr(eval_file, 'evaluate', lambda *_: result)
+    said = report(copy)
+    assert said['users'][0]['test_ppl'] is said['mean_test_ppl'] is None and 'inf' in capsys.readouterr().out
 
 
 def test_another_base_is_refused(finished, capsys, tiny, tmp_path):

@@ -244,7 +244,7 @@ def test_bad_input_is_one_line_and_writes_nothing(train, tmp_path, capsys):
     assert 'user0.safetensors is damaged' in refused(capsys, export, run.out, x, '--user=0')
     for broken in ('{', '{}', '[]', '{"pooled": false}'):
         (run.out / 'config.json').write_text(broken)
-        assert 'config.json or summary.json is not that of a run' in refused(capsys, export, run.out, x, '--user=0')
+        assert 'config.json cannot be read: ' in refused(capsys, export, run.out, x, '--user=0')
     assert not x.exists()
 
 

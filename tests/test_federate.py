@@ -288,6 +288,23 @@ def test_identical_users_are_a_fixed_point_of_any_trust():
     assert all(same(mine, one) for mine in trust_average([one] * 4, W))
 
 
+def test_nobody_whose_predictions_count_leaves_everybody_as_it_is():
+    """Updates have come, and then every answer to the question for predictions is refused: no average, and no line of trust."""
+    for rule in ('trust', 'consensus'):
+        c = SimpleNamespace(
+            aggregate=rule, trust='predictions', clip_norm=0, consensus_start=1, n_train=[1, 1], lora_rank=[4, 4]
+        )
+        c.lora_alpha, c.vocab_size, c.trust_temperature = 16, 30, 1.0
+        sent, lines = dict(enumerate(lora_updates([4, 4]))), []
+        made = federate.combine(c, 3, {}, sent, lambda question, ids, **told: {}, lambda *line: lines.append(line))
+        assert made == ({}, {}) and not lines
+
+
+def test_predictions_of_nothing_are_no_nan():
+    ids, values = made_up(1)[0]
+    assert prediction_trust([(ids, values), (ids, values * 0)], 30).isfinite().all()
+
+
 def test_a_single_user_trusts_itself():
     (logits,), (probs,), (weights,) = made_up(1, as_logits=True), made_up(1), updates(1)
     W = trust_matrix(prediction_scores([logits], 30), 1.0)

@@ -231,9 +231,20 @@ def test_what_cannot_be_drawn_is_one_line(finished, wandb, tmp_path, capsys):
     wandb.init = init
     assert '--wandb: no API key; WANDB_MODE=offline' in refused(capsys, draw, finished.out, '--wandb')
     assert 'is no run: it has no config.json' in refused(capsys, draw, tmp_path, '--wandb')
-    (tmp_path / 'config.json').write_text('{')
-    (tmp_path / 'metrics.jsonl').write_text('')
-    assert refused(capsys, draw, tmp_path, '--wandb')
+    wandb.init = lambda **given: SimpleNamespace(define_metric=print, finish=print)
+    good = (finished.out / 'config.json').read_text()
+    for config, line, file in (
+        ('{', '', 'config.json'),
+        ('[]', '', 'config.json'),
+        (good, '5', 'metrics.jsonl'),
+        (good, '[]', 'metrics.jsonl'),
+        (good, '{"kind": "ev', 'metrics.jsonl'),
+        (good, '{"kind": "eval", "step": 1}', 'metrics.jsonl'),
+        (good, '{"kind": "eval", "step": 1, "user": 0, "when": "local", "split": "test", "scores": [3]}', 'metrics.jsonl'),
+    ):
+        (tmp_path / 'config.json').write_text(config)
+        (tmp_path / 'metrics.jsonl').write_text(f'{line}\n')
+        assert f'{tmp_path}/{file}' in refused(capsys, draw, tmp_path, '--wandb')
 
 
 # ---- train.py --------------------------------------------------------------------------------------------------------

@@ -660,8 +660,8 @@ def test_a_device_is_one_of_this_machine(gpus, mps, monkeypatch, train, capsys):
         with pytest.raises(ValueError) as error:
             usable(device)
         assert str(error.value) == f'cannot use the device {device}: this machine has {", ".join(here)}; give --device=cpu'
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    monkeypatch.setenv('LOCAL_RANK', '0')
+    for name, text in {'WORLD_SIZE': '2', 'RANK': '0', 'LOCAL_RANK': '0', 'MASTER_ADDR': 'x', 'MASTER_PORT': '1'}.items():
+        monkeypatch.setenv(name, text)
     assert 'this machine has cpu' in refused(capsys, train, '--device=meta')
     if not gpus:
         assert 'cannot use the device cuda: this machine has cpu' in refused(capsys, train, '--device=cuda')

@@ -197,9 +197,20 @@ def test_many_users_are_drawn_as_their_mean(place):
     fig = plot.overview('plot', [run])
     (ax,) = panels(fig)
     assert {k: [*map(list, v)] for k, v in lines_of(ax).items()} == {
-        'mean of the users tested (30 in all)': [[1, 2], [24.5, 19.5]]
+        'mean of the users tested in a round (30 in all)': [[1, 2], [24.5, 19.5]]
     }
     assert ax.get_xlabel() == 'communication round' and ax.get_ylabel() == 'test perplexity'  # its data is gone: no unit
+
+
+def test_a_run_that_cannot_be_written(place, capsys, monkeypatch):
+    def read_only(*_, **__):
+        raise OSError(30, 'Read-only file system')
+
+    run = pretend('out/a', [[6, 5], [5, 4]])
+    monkeypatch.setattr(plot.Figure, 'savefig', read_only)
+    with pytest.raises(SystemExit):
+        plot.main(['run', run])
+    assert 'Read-only file system' in capsys.readouterr().err
 
 
 def test_a_run_that_is_overwritten_loses_its_pictures(train):
@@ -264,6 +275,9 @@ def test_the_command_line(place, capsys):
         (['fig3', 'out/begun'], 'out/begun has no evaluations: no tested user'),
         (['fig9', 'out/unfinished'], 'out/unfinished/summary.json cannot be read'),
         (['fig3', 'out/broken'], 'out/broken/metrics.jsonl cannot be read'),
+        *((['run', f'out/{name}'], f'out/{name}/metrics.jsonl cannot be read') for name in ('list', 'cut', 'number')),
+        (['fig3', 'out/no config'], 'out/no config/config.json cannot be read'),
+        (['fig9', 'out/no summary'], 'out/no summary/summary.json cannot be read'),
         (['trust', 'out/a'], 'out/a has no trust matrices'),
         (['trust', 'out/a', 'out/scores'], 'draws one run'),
         (['fig5', 'out/a'], "invalid choice: 'fig5'"),
@@ -278,6 +292,10 @@ def test_bad_input_is_one_line(argv, says, place, capsys):
     pretend('out/begun', [[]])
     Path(pretend('out/unfinished', [[6, 5]]), 'summary.json').unlink()
     Path(pretend('out/broken', [[6, 5]]), 'metrics.jsonl').write_text('{"kind": "eval", "when": "loc')
+    for name, text in (('list', '[]\n'), ('cut', '{"kind": "tra'), ('number', '5\n')):
+        Path(pretend(f'out/{name}', [[6, 5]]), 'metrics.jsonl').open('a').write(text)
+    Path(pretend('out/no config', [[6, 5]]), 'config.json').write_text('[]')
+    Path(pretend('out/no summary', [[6, 5]]), 'summary.json').write_text('[]')
     before = sorted(place.rglob('*'))
     with pytest.raises(SystemExit) as end:
         plot.main(argv)

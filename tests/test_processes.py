@@ -19,7 +19,7 @@ from several_runs import several_runs
 import federate
 import user
 from data.stream import get_batch
-from run import checkpoint
+from run import checkpoint, processes
 
 # every aggregation rule, per-user experts or ranks, what lives outside tensors, a sample of the users
 RUNS = {
@@ -90,6 +90,46 @@ def test_bad_input_is_one_line_for_all_processes(tiny, tmp_path):
     (end,) = several_runs([given(tiny, tmp_path / 'x', '--n_experts=5,5')], n=2)
     assert end.statuses == [2, 2] and end.err.count('\n') == 1 and 'expected one value from 1 to 4096' in end.err
     assert not (tmp_path / 'x').exists()
+
+
+TORCHRUN = {'WORLD_SIZE': '2', 'RANK': '1', 'LOCAL_RANK': '1', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': '29500'}
+
+
+@pytest.mark.parametrize(
+    'change, ok',
+    [
+        ({}, True),
+        *(({name: gone}, False) for name in TORCHRUN if name != 'WORLD_SIZE' for gone in ('', None)),
+        *(({name: text}, False) for name in TORCHRUN if name != 'MASTER_ADDR' for text in ('x', '-1', '1.5')),
+        ({'MASTER_PORT': '70000'}, False),
+        ({'RANK': '2'}, False),
+        ({'LOCAL_RANK': '2'}, False),
+        ({'WORLD_SIZE': '0'}, False),
+        ({'WORLD_SIZE': None}, False),  # a rank of 1, and no world
+        ({name: None for name in TORCHRUN}, True),
+        ({name: '' for name in TORCHRUN}, True),
+        ({'WORLD_SIZE': '1', 'RANK': '0', 'LOCAL_RANK': '0'}, True),
+    ],
+)
+def test_the_variables_of_a_launcher(change, ok, monkeypatch, capsys):
+    for name, text in {**TORCHRUN, **change}.items():
+        monkeypatch.delenv(name, raising=False) if text is None else monkeypatch.setenv(name, text)
+    if ok:
+        processes.check()
+        assert 0 <= processes.rank() < processes.world()
+    else:
+        assert 'start it with torchrun' in refused(capsys, processes.check)
+
+
+def test_a_meeting_point_that_is_none(monkeypatch, capsys):
+    for name, text in {**TORCHRUN, 'RANK': '0', 'LOCAL_RANK': '0', 'MASTER_ADDR': 'no.such.host.invalid'}.items():
+        monkeypatch.setenv(name, text)
+
+    def unreachable(*_, **__):
+        raise RuntimeError('The server socket has failed to listen\non any address')
+
+    monkeypatch.setattr(processes.dist, 'init_process_group', unreachable)
+    assert 'process 0 of 2 cannot reach MASTER_ADDR' in refused(capsys, processes.start)
 
 
 @pytest.mark.reliability
@@ -265,6 +305,29 @@ def test_files_of_an_unfinished_round_are_ignored_and_removed(tmp_path):
     checkpoint.user_file(tmp_path, 5, 1).unlink()
     with pytest.raises(ValueError, match='user5-1.safetensors cannot be read'):
         checkpoint.check(tmp_path, 2)
+
+
+@pytest.mark.parametrize('method', ['comigs_1g1s', 'local', 'consensus'])
+@pytest.mark.parametrize('args', [['--participation=0.34'], ['--failures=0.5', '--seed=3']])
+def test_a_mean_is_over_all_tested_users_at_one_moment(train, six, capsys, method, args):
+    """Where some miss rounds, the result is of all tested users after the last aggregation; a round's line, of those in it."""
+    run = train(f'--dataset={six}', f'--method={method}', '--eval_every=1', '--judge_windows=4', *args)
+    shown, s = capsys.readouterr().out, run.summary
+    last = {line['user']: line for line in run.lines if line['kind'] == 'eval' and line['when'] == 'aggregated'}
+    assert s['test_ppl'] == s['aggregated_test_ppl'] == [last[i]['ppl'] for i in range(6)] and s['test_when'] == 'aggregated'
+    assert s['mean_test_ppl'] == pytest.approx(np.mean(s['test_ppl']))
+    local = [line for line in run.lines if line['kind'] == 'eval' and line['when'] == 'local']
+    for t in (1, 2, 3):
+        of_round = {line['user']: line['ppl'] for line in local if line['round'] == t}
+        each = '  '.join(f'user {i} {of_round[i]:.3f}' if i in of_round else f'user {i} -' for i in range(6))
+        assert f'round   {t}/3  test perplexity {each}' in shown or not of_round
+    assert shown.count('after aggregation') == 1 and f'pretrained  {method}' not in shown
+
+
+def test_full_participation_tells_what_it_told(train, six):
+    s = train(f'--dataset={six}', '--rounds=1').summary
+    assert s['test_when'] == 'local' and s['test_ppl'] != s['aggregated_test_ppl']
+    assert s['mean_test_ppl'] == pytest.approx(np.mean(s['test_ppl']))
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,18 @@ def pretend(folder: Path, ppl: list[float], valid: float = 9.0, **config) -> Non
     (folder / 'summary.json').write_text(json.dumps(summary))
     c = {'rounds': 20, 'local_steps': 10, 'batch_size': 64, 'block_size': 128, 'init_from': 'gpt2', 'device': 'cpu'}
     c |= {'dtype': 'float32', 'git_commit': 'abc123', 'versions': {'torch': '2.6'}, 'dataset': 'agnews', 'target': 'own'}
-    c |= {'users': ['a', 'b'], 'n_experts': 2, 'n_generalists': 1, 'seed': 1, 'router_every': 30, 'router_steps': 10}
-    (folder / 'config.json').write_text(json.dumps({**c, 'method': 'local', **config}))
+    c |= {
+        'users': ['a', 'b'],
+        'n_experts': 2,
+        'n_generalists': 1,
+        'seed': 1,
+        'router_every': 30,
+        'router_steps': 10,
+        'base_sha256': 'x',
+    }
+    (folder / 'config.json').write_text(
+        json.dumps({**c, 'method': 'local', **{k: v == 'True' or v for k, v in config.items()}})
+    )
     at = {'kind': 'eval', 'round': 5, 'step': 50, 'when': 'local', 'split': 'test', 'scores': [[0.7, 0.3], [0.4, 0.6]]}
     lines = [json.dumps({**at, 'user': i, 'ppl': p}) + '\n' for i, p in enumerate(ppl)]
     (folder / 'metrics.jsonl').write_text(''.join(lines))

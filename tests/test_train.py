@@ -1,9 +1,11 @@
 """Algorithm 1: its two levels, what is shared, the data (METHOD 1.8), as calls of a user's methods; and the files of a run."""
 
 import ast
+import fcntl
 import importlib.util
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -16,10 +18,12 @@ from conftest import N_TRAIN, ROOT, devices, read_metrics, refused, same, snapsh
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import train as train_file
 import user as user_file
 from data.stream import Texts, get_batch
 from lora_moe import initial
-from model import evaluate, load_gpt
+from model import evaluate, load_gpt, save_gpt
+from run import checkpoint
 from train import local_round
 
 
@@ -293,8 +297,36 @@ def test_the_metrics_file_grows_as_it_happens(train, tmp_path, monkeypatch):
 def test_a_run_that_diverges_stops_with_one_line(train, tmp_path):
     """No NaN is averaged into the others' generalists; what finished before stays."""
     with pytest.raises(SystemExit, match='training loss is .* lower --expert_lr'):
-        train('--expert_lr=1e30', '--rounds=4')
+        train('--expert_lr=9e8', '--rounds=4')
     assert not (tmp_path / 'run' / 'summary.json').exists() and (tmp_path / 'run/checkpoint/round-0.safetensors').exists()
+
+
+@pytest.mark.parametrize(
+    'args, says',
+    [
+        (['--router_lr=9e8', '--rounds=6'], 'lower --router_lr'),
+        (['--router_lr=9e8', '--rounds=6', '--router_every=1'], 'lower --router_lr'),
+        (['--expert_lr=9e8', '--router_every=1'], 'lower --expert_lr'),  # a router step comes next
+        (['--expert_lr=9e8', '--rounds=1', '--local_steps=1'], 'test loss is .* lower --expert_lr'),
+    ],
+)
+def test_what_is_not_finite_ends_the_run_with_its_cause(train, tmp_path, args, says):
+    """Whose, at which step, which switch to lower; nothing in a file that JSON does not know."""
+    with pytest.raises(SystemExit, match=r'user \d \(user \d\): the .* at step \d+: .*') as end:
+        train(*args)
+    assert re.search(says, end.value.code) and '\n' not in end.value.code
+    for file in [*(tmp_path / 'run').glob('*.json*')]:
+        assert not {'NaN', 'Infinity'} & {*re.findall(r'\w+', file.read_text())}, file
+    assert not (tmp_path / 'run/summary.json').exists()
+
+
+def test_a_base_that_is_none_is_named(train, tiny, tmp_path):
+    broken = load_gpt(str(tiny.base))
+    broken.ln_f.weight.data.fill_(1e38)  # finite, but its logits are not
+    save_gpt(broken, tmp_path / 'large.safetensors')
+    for method in ('pretrained', 'local'):
+        with pytest.raises(SystemExit, match='give another base, --init_from'):
+            train(f'--init_from={tmp_path}/large.safetensors', '--rounds=1', f'--method={method}', '--overwrite')
 
 
 # ---- bad input: one line, exit code 2, nothing written ---------------------------------------------------------------
@@ -369,6 +401,177 @@ def test_a_run_is_never_overwritten_by_accident(train, finished, tmp_path, capsy
     left = {file.relative_to(out).as_posix().removesuffix('.safetensors') for file in out.rglob('*.safetensors')}
     users = {f'adapters/user{i}' for i in range(3)} | {f'checkpoint/user{i}-1' for i in range(3)}
     assert left == users | {'checkpoint/round-0', 'checkpoint/round-1'}
+
+
+# ---- whose folder it is ----------------------------------------------------------------------------------------------
+def tree(folder) -> dict:
+    return {file: file.read_bytes() for file in folder.rglob('*') if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    'files',
+    [
+        ['adapters/mine.safetensors', 'checkpoint/optimizer.pt'],
+        ['notes.txt'],
+        ['config.json', 'model.safetensors'],  # somebody's model
+        ['sub/deep/file'],
+        ['.hidden'],
+    ],
+)
+def test_a_folder_that_holds_no_run_is_refused(train, tmp_path, capsys, files):
+    out = tmp_path / 'run'
+    for name in files:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text('{"model_type": "gpt2"}')
+    before = tree(out)
+    said = 'config.json cannot be read' if 'config.json' in files else 'is not empty and holds no run'
+    assert said in refused(capsys, train)
+    assert 'has no checkpoint' in refused(capsys, train, '--resume')
+    assert tree(out) == before
+    if 'config.json' in files:  # a name that a run writes, and not of one: nothing may be replaced
+        assert said in refused(capsys, train, '--overwrite') and tree(out) == before
+    else:
+        train('--overwrite', '--rounds=0')
+        assert before.items() <= tree(out).items()
+
+
+NOT_OURS = """adapters/mine.safetensors adapters/user1x.safetensors adapters/user01.safetensors adapters/user1.safetensors.bak
+    checkpoint/optimizer.pt checkpoint/round-1.pt checkpoint/round-x.safetensors checkpoint/user1-2-3.safetensors
+    checkpoint/round-07.safetensors checkpoint/deep/round-7.safetensors plot.pdf
+    summary.json.old user1.safetensors my-metrics.jsonl""".split()
+
+
+def test_overwrite_deletes_what_a_run_wrote_and_nothing_else(train, tmp_path):
+    """By exact names, in checkpoint/ also round after round; a link goes, what it leads to stays."""
+    out, elsewhere = train('--method=local').out, tmp_path / 'elsewhere'
+    elsewhere.mkdir()
+    mine = [out / name for name in NOT_OURS] + [elsewhere / 'events.out.tfevents.1.host', elsewhere / 'round-9.safetensors']
+    for file in mine:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(file.name)
+    (out / 'tensorboard').symlink_to(elsewhere)
+    (out / 'checkpoint/round-8.safetensors').symlink_to(elsewhere / 'round-9.safetensors')
+    for name in ('eval.json', 'routing.html', 'trust.svg', 'summary.json.partial'):
+        (out / name).write_text('old')
+    train('--overwrite', '--rounds=1')
+    assert all(file.read_text() == file.name for file in mine)
+    left = {file.relative_to(out).as_posix() for file in out.rglob('*') if file.is_file() and file not in mine}
+    new = {f'{name}.safetensors' for i in range(3) for name in (f'checkpoint/user{i}-1', f'adapters/user{i}')}
+    new |= {
+        'config.json',
+        'metrics.jsonl',
+        'summary.json',
+        '.lock',
+        'checkpoint/round-0.safetensors',
+        'adapters/server.safetensors',
+    }
+    assert left == new | {'checkpoint/round-1.safetensors'}
+
+
+@pytest.mark.parametrize('name', ['checkpoint', 'adapters'])
+def test_a_run_stays_in_its_folder(train, tmp_path, capsys, name):
+    (tmp_path / 'elsewhere').mkdir()
+    (tmp_path / 'elsewhere' / 'round-3.safetensors').write_text('mine')
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / name).symlink_to(tmp_path / 'elsewhere')
+    for args in ([], ['--overwrite']):
+        assert f'{name} is a link' in refused(capsys, train, *args)
+    assert (tmp_path / 'elsewhere' / 'round-3.safetensors').read_text() == 'mine'
+
+
+def test_a_folder_that_cannot_be_one(train, tmp_path, capsys):
+    (tmp_path / 'file').write_text('')
+    (tmp_path / 'nowhere').symlink_to(tmp_path / 'gone')
+    for out in ('', ' ', f'{tmp_path}/file', f'{tmp_path}/file/below', f'{tmp_path}/nowhere/below', f'{tmp_path}/{"x" * 300}'):
+        for args in ([], ['--overwrite'], ['--resume']):
+            assert '--out_dir=' in refused(capsys, train, f'--out_dir={out}', *args), out
+    assert (tmp_path / 'file').read_text() == ''
+
+
+def test_what_a_death_at_the_very_beginning_leaves_is_nothing(train, tmp_path):
+    for name in ('checkpoint', 'adapters'):
+        (tmp_path / 'run' / name).mkdir(parents=True)
+    for name in ('.lock', 'config.json.partial'):
+        (tmp_path / 'run' / name).write_text('')
+    train('--rounds=0')
+
+
+def test_two_runs_at_once_in_one_folder(train, tmp_path, capsys, monkeypatch):
+    """The second one is refused, however it comes; once the first has ended, in whatever way, the folder is free."""
+    train('--rounds=1')
+    files = tree(tmp_path / 'run')
+    with open(tmp_path / 'run/.lock') as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        for args in (['--overwrite'], ['--resume'], ['--overwrite', '--rounds=0']):
+            assert 'another run is at work in' in refused(capsys, train, '--rounds=1', *args)
+        assert tree(tmp_path / 'run') == files
+    train('--resume', '--rounds=1')
+    with pytest.raises(SystemExit, match='lower --expert_lr'):
+        train('--expert_lr=9e8', '--overwrite')
+    train('--overwrite', '--rounds=0')  # the dead run holds nothing
+    monkeypatch.setattr(checkpoint, 'fcntl', None)  # where a system has no locks
+    train('--overwrite', '--rounds=0')
+
+
+def test_a_run_that_begins_meanwhile_is_seen(train, tmp_path, capsys, monkeypatch):
+    """Between the first look and the lock another run begins and ends there."""
+
+    def first(*_):
+        monkeypatch.undo()
+        train('--rounds=1')
+
+    monkeypatch.setattr(train_file, 'try_out', first)
+    assert 'already holds a finished run' in refused(capsys, train)
+
+
+# ---- what is dear comes last, and what may fail at its first use is tried first -------------------------------------------
+def test_what_is_at_hand_is_checked_before_a_base_is_fetched(train, tiny, tmp_path, capsys, monkeypatch):
+    def fetched(*_):
+        raise AssertionError('a base was fetched')
+
+    monkeypatch.setattr(train_file, 'load_gpt', fetched)
+    (tmp_path / 'short').write_text('x')
+    (tmp_path / 'latin').write_bytes(b'\xe9' * 99)
+    (tmp_path / 'peft').mkdir()
+    (tmp_path / 'peft/adapter_config.json').write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 16}')
+    gpt2 = write_dataset(tmp_path / 'gpt2', [user_streams(i, n) for i, n in enumerate(N_TRAIN)], 50257)
+    pcl = ('--method=pcl', '--trust=predictions')
+    for args, message in (
+        (['--dataset=nowhere'], 'no data set at'),
+        ([], 'has a vocabulary of 257 tokens (bytes), but the base model has 50257'),
+        ([f'--dataset={gpt2}', '--n_experts=4,2'], 'one per user'),
+        ([f'--dataset={gpt2}', '--test_users=4'], 'there are no more users'),
+        (['--dataset=nowhere', '--resume'], 'has no checkpoint'),
+        ([*pcl, '--init_from=x', f'--public_text={tmp_path}/gone'], f"No such file or directory: '{tmp_path}/gone'"),
+        ([*pcl, '--init_from=x', f'--public_text={tmp_path}'], f"Is a directory: '{tmp_path}'"),
+        ([*pcl, '--init_from=x', f'--public_text={tmp_path}/latin'], 'is not text in UTF-8'),
+        ([*pcl, '--init_from=x', f'--public_text={tmp_path}/short'], 'is shorter than one window'),
+        (['--init_from=x', f'--init_adapter={tmp_path}/gone'], 'is no PEFT adapter'),
+        (['--init_from=x', f'--init_adapter={tmp_path}/peft'], 'cannot be read'),
+    ):
+        assert message in refused(capsys, train, '--init_from=gpt2', *args), args
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_resume_that_cannot_be_is_refused_before_a_base_is_fetched(train, tmp_path, capsys, monkeypatch):
+    out = train('--rounds=1').out
+    monkeypatch.setattr(train_file, 'load_gpt', lambda source: 1 / 0)
+    assert 'made with another seed;' in refused(capsys, train, '--rounds=1', '--resume', '--seed=1')
+    (out / 'checkpoint/user1-1.safetensors').write_bytes(b'x')
+    assert 'user1-1.safetensors is damaged' in refused(capsys, train, '--rounds=1', '--resume')
+
+
+@pytest.mark.parametrize('args, place', [('--compile', 'compile'), ('--dtype=bfloat16', 'autocast'), ('--device=meta', '')])
+def test_what_fails_at_its_first_use_fails_before_anything_is_written(train, tmp_path, capsys, monkeypatch, args, place):
+    def none(*_, **__):
+        raise RuntimeError('No working C++ compiler\nfound: stack, and more')
+
+    monkeypatch.setattr(torch, 'compile', lambda function: none)
+    if place == 'autocast':
+        monkeypatch.setattr(train_file, 'autocast', none)
+    said = refused(capsys, train, args)
+    assert ('No working C++ compiler found' in said and args in said) if place else 'meta' in said
+    assert not (tmp_path / 'run').exists()
 
 
 def test_from_the_shell(tiny, tmp_path):

@@ -44,7 +44,7 @@ from tools import plot
 TRAIN = Path(__file__).resolve().parent.parent / 'train.py'
 TITLES = {f'table{i}': f'Table {i}' for i in (1, 2, 4, 5)} | {'related': 'Related systems and ablations'}
 TITLES |= {f'fig{i}': f'Figure {i}' for i in (2, 3, 4, 6, 7, 8, 9, 10, 11, 12)}
-RESULT = 'mean_test_ppl mean_valid_ppl users rounds seconds bytes_up bytes_down trainable_params'.split()  # of summary.json
+RESULT = 'mean_valid_ppl users rounds bytes_up bytes_down trainable_params'.split()  # of summary.json
 CURVES = ('fig3', 'fig4', 'fig6', 'fig7', 'fig8', 'fig10', 'fig11', 'fig12')  # drawn over training: evaluated every 2 rounds
 SEEDS = '42,45,47'  # the paper's
 PRUNE_COEFS = (5e-2, 5e-3, 5e-4)  # HetLoRA's sweep (the paper's appendix C.2); validation perplexity chooses
@@ -157,8 +157,8 @@ def rounds_done(run: dict) -> int | None:
     return max(rounds, default=None)
 
 
-def summary(run: dict) -> dict:
-    return read_json(run['folder'] / 'summary.json', *RESULT)
+def summary(run: dict, *keys: str) -> dict:
+    return read_json(run['folder'] / 'summary.json', 'mean_test_ppl', 'seconds', *keys)
 
 
 def tried(row: dict, setup: dict) -> dict:
@@ -169,7 +169,7 @@ def tried(row: dict, setup: dict) -> dict:
 
 def runs_of(row: dict, setup: dict) -> tuple[list[dict], dict]:
     """(a row's runs, one per seed; {prune_coef: validation perplexity} of those tried, of which the runs have the best)."""
-    valid = {coef: summary(run)['mean_valid_ppl'] for coef, run in tried(row, setup).items()}
+    valid = {coef: summary(run, 'mean_valid_ppl')['mean_valid_ppl'] for coef, run in tried(row, setup).items()}
     best = {'prune_coef': min(valid, key=valid.get)} if valid else {}
     return [run_of({**row['switches'], **best}, seed, setup) for seed in row['seeds']], valid
 
@@ -294,7 +294,7 @@ def sweep(runs: list[dict], setup: dict, jobs: int, title: str) -> None:
 def record(row: dict, setup: dict) -> dict:
     """Everything that is known of a row whose runs are finished."""
     runs, valid = runs_of(row, setup)
-    seeds = [{'seed': run['seed'], 'folder': str(run['folder']), **summary(run)} for run in runs]
+    seeds = [{'seed': run['seed'], 'folder': str(run['folder']), **summary(run, *RESULT)} for run in runs]
     ppl, (paper, paper_std) = [s['mean_test_ppl'] for s in seeds], row['paper']
     comparable = paper is not None and setup['meta']['tokenizer'] == 'gpt2'  # other tokens have other perplexities
     user_rounds = [max(1, s['rounds'] * len(s['users'])) for s in seeds]
@@ -488,14 +488,13 @@ def main(argv: list[str]) -> None:
     try:
         sweep(first_pass(every, setup), setup, args.jobs, title)
         sweep(second_pass(every, setup), setup, args.jobs, title)
+        for which in tables:
+            print(write(which, rows[which], setup, shlex.join(['python', 'tools/reproduce.py', *argv])))
     except KeyboardInterrupt:
         print('reproduce.py: interrupted; the same command continues where it stopped', file=sys.stderr)
         sys.exit(130)
-    for which in tables:
-        try:
-            print(write(which, rows[which], setup, shlex.join(['python', 'tools/reproduce.py', *argv])))
-        except (OSError, ValueError) as error:
-            die(error)
+    except (OSError, ValueError) as error:
+        die(error)
 
 
 if __name__ == '__main__':
