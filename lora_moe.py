@@ -117,7 +117,7 @@ class Mixture(torch.autograd.Function):
             kept += [h_k, a]
         ctx.r = r
         ctx.save_for_backward(x, w, chosen, low1, low2, F_, P, A1, B1, A2, B2, *kept)
-        return (mixed @ P.t()).addmm_(low2, B2.t())
+        return torch.addmm(mixed @ P.t(), low2, B2.t())  # not in place: torch.compile of 2.11 would lose its gradient
 
     @staticmethod
     def backward(ctx, dy: torch.Tensor) -> tuple:
