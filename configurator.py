@@ -14,7 +14,6 @@ import json
 import os
 import re
 import sys
-import tokenize
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
@@ -176,16 +175,15 @@ def help_text(doc: str, config: dict) -> str:
     """`doc`, and every switch with its value in `config` and its comment in config/default.py, as a config file could have it;
     a value that is not the default tells the default, too."""
     lines, width = [doc.strip(), ''], max(len(f'{name} = {value!r}') for name, value in config.items())
-    tokens = [*tokenize.generate_tokens(io.StringIO(Path(default.__file__).read_text(encoding='utf-8')).readline)]
-    for i, token in enumerate(tokens):
-        if token.type == tokenize.COMMENT and token.string.startswith('# ----') and token.start[1] == 0:
-            lines.append(token.string)
-        if token.type == tokenize.NAME and token.start[1] == 0 and token.string in config:
-            name, comment = token.string, next(later.string for later in tokens[i:] if later.type == tokenize.COMMENT)
-            given = f'  (default: {SWITCHES[name]!r})' if config[name] != SWITCHES[name] else ''
-            lines.append(f'{f"{name} = {config[name]!r}":{width}}  {comment}{given}')
-        if token.string == 'PER_USER':
+    for line in Path(default.__file__).read_text(encoding='utf-8').splitlines():
+        name, comment = line.partition(' = ')[0], line.partition('  # ')[2]
+        if name == 'PER_USER':
             break
+        if line.startswith('# ----'):
+            lines.append(line)
+        if name in config:
+            given = f'  (default: {SWITCHES[name]!r})' if config[name] != SWITCHES[name] else ''
+            lines.append(f'{f"{name} = {config[name]!r}":{width}}  # {comment}{given}')
     return '\n'.join(lines)
 
 

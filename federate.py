@@ -216,8 +216,7 @@ def trimmed_mean(updates: list[Tensors], trim: float) -> Tensors:
 
 def median(updates: list[Tensors]) -> Tensors:
     """The median of every coordinate (Yin et al. 2018); of an even number, the mean of the middle two."""
-    cut = (len(updates) - 1) // 2
-    return like({name: t.sort(0).values[cut : len(updates) - cut].mean(0) for name, t in stacked(updates)}, updates[0])
+    return trimmed_mean(updates, 0.5)
 
 
 # ---- trust: every user gets an average of its own (PCL, 2404.09753) --------------------------------------------------

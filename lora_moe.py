@@ -301,17 +301,8 @@ def add_lora(
 
 def shape_of(c: SimpleNamespace, i: int) -> dict:
     """What `add_lora` is to build for user i, out of the configuration (after `fit`: an entry per user)."""
-    return dict(
-        n_experts=c.n_experts[i],
-        n_generalists=c.n_generalists,
-        rank=c.lora_rank[i],
-        alpha=c.lora_alpha,
-        top_k=c.top_k,
-        routed=c.router != 'mean',
-        routing_unit=c.routing_unit,
-        one_routing=c.one_routing,
-        ghost_noise=c.ghost_noise,
-    )
+    same = {name: getattr(c, name) for name in ('n_generalists', 'top_k', 'routing_unit', 'one_routing', 'ghost_noise')}
+    return dict(n_experts=c.n_experts[i], rank=c.lora_rank[i], alpha=c.lora_alpha, routed=c.router != 'mean', **same)
 
 
 def roles(model: GPT) -> dict[str, str]:
