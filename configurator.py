@@ -75,12 +75,6 @@ def configure(argv: list[str], doc: str = '') -> SimpleNamespace:
     if asks:
         print(list_methods() if '--list_methods' in asks else help_text(doc, config))
         raise SystemExit(0)
-    check(config)
-    return SimpleNamespace(**config)
-
-
-def check(config: dict) -> None:
-    """Dies unless every row of LEGAL and of MUST holds."""
     for names, legal in LEGAL.items():
         for name in names.split():
             x = config[name]
@@ -89,6 +83,7 @@ def check(config: dict) -> None:
             if isinstance(legal, str) and not eval(legal, {'x': x}):
                 die(f'--{name}={x}: expected {legal.replace("x", name)}')
     hold(MUST, config)
+    return SimpleNamespace(**config)
 
 
 def hold(rows: dict[str, str], values: dict) -> None:

@@ -26,7 +26,7 @@ from data.stream import Texts, read_meta
 from federate import Tensors
 from model import GPT, HUB, GPTConfig, autocast, fast_fp32, fingerprint, load_gpt, store_in_bf16, usable
 from run import processes
-from run.adapter import check_peft
+from run.adapter import read_files
 from run.fleet import Fleet, public_windows
 from run.journal import FREE, Journal, stop_on_signals
 from run.report import report
@@ -83,7 +83,7 @@ def prepare(c: SimpleNamespace, journal: Journal) -> tuple[Fleet, Tensors]:
         fit(c, N=len(texts.n_train), n_positions=known.n_positions)
         public = public_windows(c, texts)
         if c.init_adapter:
-            check_peft(Path(c.init_adapter))
+            read_files(Path(c.init_adapter))
         if c.resume:
             journal.resume(switches)
         base = load_gpt(c.init_from).to(c.device)

@@ -77,6 +77,7 @@ def summarise(c: SimpleNamespace, fleet: Fleet, journal: Journal, trainable: lis
     when = 'aggregated' if fleet.some else 'fused' if c.aggregate == 'fdlora' else 'local'  # what all have at one moment
     when = when if c.rounds else 'pretrained'
     ppl, aggregated = journal.of_all(when), journal.of_all('aggregated')
+    valid = [ppl for _, ppl in journal.results['final'].values()]
     n_tokens = [1 if c.target == 'mixture' else users[i]['tokens']['test'] - 1 for i in journal.tested]
     step_tokens = c.batch_size * (len(users) if c.pooled else 1) * c.block_size
     shared = sum(v.numel() for v in truncate(fleet.asked, c.lora_rank[0]).values())
@@ -96,8 +97,8 @@ def summarise(c: SimpleNamespace, fleet: Fleet, journal: Journal, trainable: lis
         'mean_aggregated_test_ppl': mean(aggregated),
         # exp of the mean loss over all test tokens: what a model of pooled text is scored by elsewhere, below the mean of users
         'pooled_test_ppl': None if None in ppl else perplexity(np.average(np.log(ppl), weights=n_tokens)),
-        'mean_valid_ppl': mean([*journal.results['final'].values()]),
-        'valid_ppl': [*journal.results['final'].values()],
+        'mean_valid_ppl': mean(valid),
+        'valid_ppl': valid,
         'trainable_params': trainable,
         'shared_params': shared if c.rounds else 0,
         'bytes_up': clock['bytes_up'],
