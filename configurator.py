@@ -230,21 +230,15 @@ def read_config(run: Path) -> dict:
     """config.json of a run; a switch that it does not know yet has its default. Raises ValueError naming the file."""
     file = run / 'config.json'
     config = {**SWITCHES, 'tested': [], **read_json(file, 'method', 'users', 'base_sha256')}
-    users = config['users'] if isinstance(config['users'], list) else []
-    each, N = ('tested', *PER_USER), 1 if config['pooled'] else len(users)
-
-    def fits(name: str, value: object) -> bool:
-        if name == 'users':
-            return users != [] and all(type(user) is str for user in users)
-        if type(value) is list and name in each:
-            enough = all(i in range(len(users)) for i in value) if name == 'tested' else len(value) >= N
-            return enough and all(type(entry) is int for entry in value)
-        like = type(SWITCHES.get(name, value))
-        return name != 'tested' and (type(value) is like or (like, type(value)) == (float, int))
-
-    for name in ('users', *config):
-        if not fits(name, config[name]):
-            raise ValueError(f'{file} is not that of a run: {name} is {config[name]!r:.80}')
+    for name, like in {'users': [], 'tested': [], **SWITCHES}.items():
+        value = config[name]
+        fits = type(value) is type(like) or (type(like), type(value)) == (float, int)
+        if type(value) is list and name in ('users', 'tested', *PER_USER):
+            N = 1 if config['pooled'] else len(config['users'])
+            kind, least = {'users': (str, 1), 'tested': (int, 0)}.get(name, (int, N))
+            fits = len(value) >= least and all(type(entry) is kind for entry in value)
+        if not fits or (name == 'tested' and not all(i in range(len(config['users'])) for i in value)):
+            raise ValueError(f'{file} is not that of a run: {name} is {value!r:.80}')
     return config
 
 

@@ -281,7 +281,7 @@ def add_lora(
 
     The new A and router tensors are uninitialised: `initial` fills them. Raises ValueError if the experts are too few."""
     if not 0 <= n_generalists <= n_experts or n_experts < 1:
-        raise ValueError(f'{n_generalists} generalists of {n_experts} experts: expected at least one expert, and none to all of them')
+        raise ValueError(f'{n_generalists} generalists of {n_experts} experts: expected 0 to all of at least one expert')
     base.requires_grad_(False)
     leaves = [m for m in base.modules() if not any(m.children())]  # frozen, so all users can have the same ones
     model = copy.deepcopy(base, {id(shared): shared for shared in leaves})

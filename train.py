@@ -93,7 +93,10 @@ def prepare(c: SimpleNamespace, journal: Journal) -> tuple[Fleet, Tensors]:
         fleet = Fleet(c, base, texts, journal, public)
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
         die(error)
-    identity = identity_of(switches, base, fleet)  # before the base is stored otherwise
+    # what must be the same for a run to be continued: the base before it is stored otherwise, the text, the switches that count
+    identity = {**switches, 'base': fingerprint(base), 'adapter': fleet.adapter_sha256}
+    identity['public'] = None if public is None else hashlib.sha256(public.numpy().tobytes()).hexdigest()
+    identity['data'] = hashlib.sha256(json.dumps([user['sha256'] for user in texts.meta['users']]).encode()).hexdigest()
     c.dtype = settle_precision(c, base)
     try_out(c)
     processes.start()
@@ -138,14 +141,6 @@ def settle_precision(c: SimpleNamespace, base: GPT) -> str:
     if dtype == 'bfloat16' and c.aggregate != 'flora':
         store_in_bf16(base)
     return dtype
-
-
-def identity_of(switches: dict, base: GPT, fleet: Fleet) -> dict:
-    """What must be the same for a run to be continued: the base, the text and every switch that shapes the numbers."""
-    sums = json.dumps([user['sha256'] for user in fleet.texts.meta['users']])
-    public = None if fleet.public is None else hashlib.sha256(fleet.public.cpu().numpy().tobytes()).hexdigest()
-    identity = {'base': fingerprint(base), 'adapter': fleet.adapter_sha256, 'public': public}
-    return {**switches, **identity, 'data': hashlib.sha256(sums.encode()).hexdigest()}
 
 
 def main(argv: list[str]) -> SimpleNamespace:

@@ -113,7 +113,7 @@ class Fleet:
         already = {user.id: user for user in self.here}
         self.here = [already.get(i) or self.user(i) for i in mine]
         for user in self.here:
-            self.journal.resumes_training()
+            self.journal.trains_since = time.time()
             yield user
 
     def user(self, i: int) -> User:

@@ -196,8 +196,8 @@ class Journal:
         if processes.world() == 1:
             self.publish()
         if kind in ('train', 'router'):
-            self.clock['training'] += time.time() - self.mark
-            self.resumes_training()
+            self.clock['training'] += time.time() - self.trains_since
+            self.trains_since = time.time()
         if kind == 'train':
             self.show_step(values['user'], values['loss'])
 
@@ -212,9 +212,6 @@ class Journal:
             sys.exit(f'{where}: {fix}; the last finished round is kept in {self.folder}')
         if kind != 'eval':
             self.stepped[i] = '--router_lr' if kind == 'router' else '--expert_lr'
-
-    def resumes_training(self) -> None:
-        self.mark = time.time()
 
     def publish(self) -> None:
         """Every process's new lines, in order of users, into metrics.jsonl (process 0) and what they say into `results`
@@ -249,7 +246,7 @@ class Journal:
                 result = evaluate(model or user.model, tokens, self.c.block_size, self.hidden)
             seen = {key: result[key] for key in ('loss', 'ppl', 'scores') if result[key] is not None}
             self.log('eval', {'step': user.expert_steps, 'user': i, 'split': 'test', 'when': when, **seen, **at})
-        self.resumes_training()
+        self.trains_since = time.time()
 
     def of_all(self, when: str, t: int | None = None) -> list[float | None]:
         """Perplexity of every tested user at its last evaluation of that kind; None if there was none, or none in round t."""

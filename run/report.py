@@ -64,8 +64,7 @@ def save_adapters(c: SimpleNamespace, fleet: Fleet, journal: Journal, server: Te
         own = here[i] if i in here else checkpoint.read(fleet.file(i), 'adapter/')[0]
         checkpoint.save(folder / f'user{i}.safetensors', own, {}, **{key: str(value) for key, value in facts.items()})
     if c.aggregate in ONE_MODEL and processes.rank() == 0:
-        both = {'base': c.init_from, 'round': str(c.rounds)}
-        checkpoint.save(folder / 'server.safetensors', fleet.model_for_all(server), {}, **both)
+        checkpoint.save(folder / 'server.safetensors', fleet.model_for_all(server), {}, base=c.init_from, round=str(c.rounds))
     if c.aggregate == 'flora' and processes.rank() == 0:  # as the last round began with it
         shape = json.dumps(dataclasses.asdict(fleet.base.config))
         checkpoint.save(folder / 'base.safetensors', fleet.base.state_dict(), {}, gpt_config=shape)
