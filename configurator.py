@@ -14,7 +14,6 @@ import json
 import os
 import re
 import sys
-import tokenize
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
@@ -76,12 +75,6 @@ def configure(argv: list[str], doc: str = '') -> SimpleNamespace:
     if asks:
         print(list_methods() if '--list_methods' in asks else help_text(doc, config))
         raise SystemExit(0)
-    check(config)
-    return SimpleNamespace(**config)
-
-
-def check(config: dict) -> None:
-    """Dies unless every row of LEGAL and of MUST holds."""
     for names, legal in LEGAL.items():
         for name in names.split():
             x = config[name]
@@ -90,6 +83,7 @@ def check(config: dict) -> None:
             if isinstance(legal, str) and not eval(legal, {'x': x}):
                 die(f'--{name}={x}: expected {legal.replace("x", name)}')
     hold(MUST, config)
+    return SimpleNamespace(**config)
 
 
 def hold(rows: dict[str, str], values: dict) -> None:
@@ -176,16 +170,15 @@ def help_text(doc: str, config: dict) -> str:
     """`doc`, and every switch with its value in `config` and its comment in config/default.py, as a config file could have it;
     a value that is not the default tells the default, too."""
     lines, width = [doc.strip(), ''], max(len(f'{name} = {value!r}') for name, value in config.items())
-    tokens = [*tokenize.generate_tokens(io.StringIO(Path(default.__file__).read_text(encoding='utf-8')).readline)]
-    for i, token in enumerate(tokens):
-        if token.type == tokenize.COMMENT and token.string.startswith('# ----') and token.start[1] == 0:
-            lines.append(token.string)
-        if token.type == tokenize.NAME and token.start[1] == 0 and token.string in config:
-            name, comment = token.string, next(later.string for later in tokens[i:] if later.type == tokenize.COMMENT)
-            given = f'  (default: {SWITCHES[name]!r})' if config[name] != SWITCHES[name] else ''
-            lines.append(f'{f"{name} = {config[name]!r}":{width}}  {comment}{given}')
-        if token.string == 'PER_USER':
+    for line in Path(default.__file__).read_text(encoding='utf-8').splitlines():
+        name, comment = line.partition(' = ')[0], line.partition('  # ')[2]
+        if name == 'PER_USER':
             break
+        if line.startswith('# ----'):
+            lines.append(line)
+        if name in config:
+            given = f'  (default: {SWITCHES[name]!r})' if config[name] != SWITCHES[name] else ''
+            lines.append(f'{f"{name} = {config[name]!r}":{width}}  # {comment}{given}')
     return '\n'.join(lines)
 
 
@@ -237,21 +230,15 @@ def read_config(run: Path) -> dict:
     """config.json of a run; a switch that it does not know yet has its default. Raises ValueError naming the file."""
     file = run / 'config.json'
     config = {**SWITCHES, 'tested': [], **read_json(file, 'method', 'users', 'base_sha256')}
-    users = config['users'] if isinstance(config['users'], list) else []
-    each, N = ('tested', *PER_USER), 1 if config['pooled'] else len(users)
-
-    def fits(name: str, value: object) -> bool:
-        if name == 'users':
-            return users != [] and all(type(user) is str for user in users)
-        if type(value) is list and name in each:
-            enough = all(i in range(len(users)) for i in value) if name == 'tested' else len(value) >= N
-            return enough and all(type(entry) is int for entry in value)
-        like = type(SWITCHES.get(name, value))
-        return name != 'tested' and (type(value) is like or (like, type(value)) == (float, int))
-
-    for name in ('users', *config):
-        if not fits(name, config[name]):
-            raise ValueError(f'{file} is not that of a run: {name} is {config[name]!r:.80}')
+    for name, like in {'users': [], 'tested': [], **SWITCHES}.items():
+        value = config[name]
+        fits = type(value) is type(like) or (type(like), type(value)) == (float, int)
+        if type(value) is list and name in ('users', 'tested', *PER_USER):
+            N = 1 if config['pooled'] else len(config['users'])
+            kind, least = {'users': (str, 1), 'tested': (int, 0)}.get(name, (int, N))
+            fits = len(value) >= least and all(type(entry) is kind for entry in value)
+        if not fits or (name == 'tested' and not all(i in range(len(config['users'])) for i in value)):
+            raise ValueError(f'{file} is not that of a run: {name} is {value!r:.80}')
     return config
 
 

@@ -216,8 +216,7 @@ def trimmed_mean(updates: list[Tensors], trim: float) -> Tensors:
 
 def median(updates: list[Tensors]) -> Tensors:
     """The median of every coordinate (Yin et al. 2018); of an even number, the mean of the middle two."""
-    cut = (len(updates) - 1) // 2
-    return like({name: t.sort(0).values[cut : len(updates) - cut].mean(0) for name, t in stacked(updates)}, updates[0])
+    return trimmed_mean(updates, 0.5)
 
 
 # ---- trust: every user gets an average of its own (PCL, 2404.09753) --------------------------------------------------
@@ -231,7 +230,9 @@ def trust_scores(c: SimpleNamespace, sent: dict[int, Tensors], ask: Callable) ->
     if c.trust == 'weights':
         return [*sent], weight_scores([*sent.values()])
     if c.trust == 'validation':  # every user gets the others' updates and sends n numbers
-        return [*sent], validation_scores(torch.stack([row['ppl'] for row in ask('judge', [*sent], updates=sent).values()]))
+        # S_ij = -perplexity (not loss) of model j on user i's validation text. Differences of a few units saturate the
+        # softmax: that is why PCL's matrices are near the identity in domain (METHOD 2)
+        return [*sent], -torch.stack([row['ppl'] for row in ask('judge', [*sent], updates=sent).values()])
     told = ask('predict', [*sent], logits=True)
     predictions = [(top['ids'], top['values']) for top in told.values()]
     return [*told], prediction_scores(predictions, c.vocab_size) if told else torch.zeros(0, 0)
@@ -252,12 +253,6 @@ def weight_scores(updates: list[Tensors]) -> torch.Tensor:
         unit = F.normalize(t, dim=2)
         scores, rows = scores + torch.einsum('irc,jrc->ij', unit, unit), rows + t.shape[1]
     return scores / rows
-
-
-def validation_scores(perplexities: torch.Tensor) -> torch.Tensor:
-    """PCL strategy 2: S_ij = -perplexity (not loss) of model j on user i's validation text. Differences of a few units
-    saturate the softmax: that is why PCL's matrices are near the identity in domain (METHOD 2). (N, N)"""
-    return -perplexities
 
 
 def prediction_scores(predictions: list[Predictions], vocab_size: int) -> torch.Tensor:
@@ -381,12 +376,8 @@ def dense(predictions: list[Predictions], vocab_size: int) -> Iterator[torch.Ten
     """Yields (N, p, V) float32 of a few positions p at a time, zero where a token is not among its user's K."""
     p = max(1, 2**24 // (vocab_size * len(predictions)))  # 64 MB at a time
     for at in range(0, len(predictions[0][0]), p):
-        yield torch.stack(
-            [
-                torch.zeros(len(ids[at : at + p]), vocab_size).scatter(1, ids[at : at + p].long(), values[at : at + p].float())
-                for ids, values in predictions
-            ]
-        )
+        here = [(ids[at : at + p].long(), values[at : at + p].float()) for ids, values in predictions]  # (p, K) each
+        yield torch.stack([torch.zeros(len(ids), vocab_size).scatter(1, ids, values) for ids, values in here])
 
 
 def prediction_trust(predictions: list[Predictions], vocab_size: int) -> torch.Tensor:

@@ -281,10 +281,7 @@ def add_lora(
 
     The new A and router tensors are uninitialised: `initial` fills them. Raises ValueError if the experts are too few."""
     if not 0 <= n_generalists <= n_experts or n_experts < 1:
-        raise ValueError(
-            f'n_experts={n_experts}, n_generalists={n_generalists}: a user needs at least one expert, and '
-            'n_generalists of them (0 or more) are generalists'
-        )
+        raise ValueError(f'{n_generalists} generalists of {n_experts} experts: expected 0 to all of at least one expert')
     base.requires_grad_(False)
     leaves = [m for m in base.modules() if not any(m.children())]  # frozen, so all users can have the same ones
     model = copy.deepcopy(base, {id(shared): shared for shared in leaves})
@@ -301,33 +298,16 @@ def add_lora(
 
 def shape_of(c: SimpleNamespace, i: int) -> dict:
     """What `add_lora` is to build for user i, out of the configuration (after `fit`: an entry per user)."""
-    return dict(
-        n_experts=c.n_experts[i],
-        n_generalists=c.n_generalists,
-        rank=c.lora_rank[i],
-        alpha=c.lora_alpha,
-        top_k=c.top_k,
-        routed=c.router != 'mean',
-        routing_unit=c.routing_unit,
-        one_routing=c.one_routing,
-        ghost_noise=c.ghost_noise,
-    )
+    same = {name: getattr(c, name) for name in ('n_generalists', 'top_k', 'routing_unit', 'one_routing', 'ghost_noise')}
+    return dict(n_experts=c.n_experts[i], rank=c.lora_rank[i], alpha=c.lora_alpha, routed=c.router != 'mean', **same)
 
 
 def roles(model: GPT) -> dict[str, str]:
     """{name: 'attention' | 'generalist' | 'specialist' | 'router'} of every tensor that is the user's, decided by the
-    module that owns it. All other parameters are the frozen base's."""
-    role_of = {}
-    for module in model.modules():
-        owned = {}
-        if isinstance(module, LoRALinear):
-            owned = {'attention': module.lora}
-        elif isinstance(module, LoRAMoE):
-            owned = {'generalist': module.generalists, 'specialist': module.specialists, 'router': module.router}
-        for role, owner in owned.items():
-            if owner is not None:
-                role_of.update({id(p): role for p in owner.parameters()})
-    return {name: role_of[id(p)] for name, p in model.named_parameters() if id(p) in role_of}
+    module that owns it, which is in its name. All other parameters are the frozen base's."""
+    owners = {'lora': 'attention', 'generalists': 'generalist', 'specialists': 'specialist', 'router': 'router'}
+    names = [name for name, _ in model.named_parameters()]
+    return {name: role for name in names for owner, role in owners.items() if f'.{owner}.' in name}
 
 
 def initial(name: str, shape: tuple, *key: object) -> torch.Tensor:

@@ -28,12 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-HUB = {
-    'gpt2': 'openai-community/gpt2',
-    'gpt2-medium': 'openai-community/gpt2-medium',
-    'gpt2-large': 'openai-community/gpt2-large',
-    'gpt2-xl': 'openai-community/gpt2-xl',
-}
+HUB = {name: f'openai-community/{name}' for name in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')}
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')  # Conv1D on the Hub
 
 
@@ -246,7 +241,7 @@ def evaluate(model: GPT, tokens: np.ndarray, block_size: int, quiet: bool = Fals
     sampling. Returns loss (nats per token, without load balancing), ppl = exp(loss), tokens, and for a model with routers
     scores (L, E): mean softmax score of every expert in every layer, top1 (L, E): share of tokens whose best it is. A
     terminal shows a bar if it takes long, unless quiet."""
-    n, total, scores, top1 = len(tokens) - 1, 0.0, None, None
+    n, total, sums = len(tokens) - 1, 0.0, {}
     batches = windows(tokens, block_size, model.wte.weight.device)
     for x, y in tqdm(batches, desc='evaluate', delay=2, leave=False, disable=quiet or None):
         loss, routing = model.loss(x, y)
@@ -255,14 +250,9 @@ def evaluate(model: GPT, tokens: np.ndarray, block_size: int, quiet: bool = Fals
             E = routing[0].probs.shape[1]
             seen = torch.stack([r.probs.sum(0) for r in routing]).cpu().double()  # (L, E)
             best = torch.stack([r.chosen[:, 0].bincount(minlength=E) for r in routing]).cpu().double()  # (L, E)
-            scores, top1 = (seen, best) if scores is None else (scores + seen, top1 + best)
-    return {
-        'loss': total / n,
-        'ppl': perplexity(total / n),
-        'tokens': n,
-        'scores': None if scores is None else (scores / n).tolist(),
-        'top1': None if top1 is None else (top1 / n).tolist(),
-    }
+            sums = {'scores': sums.get('scores', 0) + seen, 'top1': sums.get('top1', 0) + best}
+    shares = {key: (sums[key] / n).tolist() if sums else None for key in ('scores', 'top1')}
+    return {'loss': total / n, 'ppl': perplexity(total / n), 'tokens': n, **shares}
 
 
 def windows(tokens: np.ndarray, block_size: int, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:

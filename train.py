@@ -26,7 +26,7 @@ from data.stream import Texts, read_meta
 from federate import Tensors
 from model import GPT, HUB, GPTConfig, autocast, fast_fp32, fingerprint, load_gpt, store_in_bf16, usable
 from run import processes
-from run.adapter import check_peft
+from run.adapter import read_files
 from run.fleet import Fleet, public_windows
 from run.journal import FREE, Journal, stop_on_signals
 from run.report import report
@@ -83,7 +83,7 @@ def prepare(c: SimpleNamespace, journal: Journal) -> tuple[Fleet, Tensors]:
         fit(c, N=len(texts.n_train), n_positions=known.n_positions)
         public = public_windows(c, texts)
         if c.init_adapter:
-            check_peft(Path(c.init_adapter))
+            read_files(Path(c.init_adapter))
         if c.resume:
             journal.resume(switches)
         base = load_gpt(c.init_from).to(c.device)
@@ -93,7 +93,10 @@ def prepare(c: SimpleNamespace, journal: Journal) -> tuple[Fleet, Tensors]:
         fleet = Fleet(c, base, texts, journal, public)
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
         die(error)
-    identity = identity_of(switches, base, fleet)  # before the base is stored otherwise
+    # what must be the same for a run to be continued: the base before it is stored otherwise, the text, the switches that count
+    identity = {**switches, 'base': fingerprint(base), 'adapter': fleet.adapter_sha256}
+    identity['public'] = None if public is None else hashlib.sha256(public.numpy().tobytes()).hexdigest()
+    identity['data'] = hashlib.sha256(json.dumps([user['sha256'] for user in texts.meta['users']]).encode()).hexdigest()
     c.dtype = settle_precision(c, base)
     try_out(c)
     processes.start()
@@ -138,14 +141,6 @@ def settle_precision(c: SimpleNamespace, base: GPT) -> str:
     if dtype == 'bfloat16' and c.aggregate != 'flora':
         store_in_bf16(base)
     return dtype
-
-
-def identity_of(switches: dict, base: GPT, fleet: Fleet) -> dict:
-    """What must be the same for a run to be continued: the base, the text and every switch that shapes the numbers."""
-    sums = json.dumps([user['sha256'] for user in fleet.texts.meta['users']])
-    public = None if fleet.public is None else hashlib.sha256(fleet.public.cpu().numpy().tobytes()).hexdigest()
-    identity = {'base': fingerprint(base), 'adapter': fleet.adapter_sha256, 'public': public}
-    return {**switches, **identity, 'data': hashlib.sha256(sums.encode()).hexdigest()}
 
 
 def main(argv: list[str]) -> SimpleNamespace:

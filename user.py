@@ -256,9 +256,7 @@ class User:
         for key, v in tensors.items():
             group, _, name = key.partition('/')
             groups.setdefault(group, {})[name] = v
-        with torch.no_grad():
-            for name, v in groups['adapter'].items():
-                self.adapter[name].copy_(v)
+        self.load(groups['adapter'])
         for name, v in groups.get('grad', {}).items():
             self.adapter[name].grad = v.to(self.device)
         self.own = groups.get('download', {})

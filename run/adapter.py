@@ -32,8 +32,14 @@ def read_peft(folder: Path, fresh: Tensors, alpha: float) -> tuple[Tensors, str]
     adapter's: its alpha / r, or alpha / sqrt(r) with use_rslora, goes into B, over our alpha / sqrt(R). For r < R the other
     components keep A as it starts and have B = 0, so they change nothing and can learn. All generalists get the same; what
     attention the adapter lacks is not returned. Raises ValueError, one line, for all that this would not give exactly."""
-    config = read_config(folder)
-    given, filled = tensors_of(folder, {plain(name)[1] for name in fresh}), {}
+    config, stored = read_files(folder)
+    places, given, filled = {plain(name)[1] for name in fresh}, {}, {}
+    for name, t in stored.items():
+        found = re.fullmatch(IN_PEFT, name)
+        short = f'{found[1]}.{found[2]}' if found else None
+        if short not in places or not t.is_floating_point():
+            raise ValueError(f'{folder}: no place for {name} ({t.dtype}): expected LoRA on the linears of attention and MLP')
+        given[short] = t.double()
     kinds = {'mlp.c_fc', 'mlp.c_proj', *(name[:-2].split('.', 2)[2] for name in given)}
     for name in pairs(fresh):
         short = plain(name + '.A')[1][:-2]  # h.0.mlp.c_fc
@@ -62,13 +68,9 @@ def read_peft(folder: Path, fresh: Tensors, alpha: float) -> tuple[Tensors, str]
     return filled, hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()
 
 
-def check_peft(folder: Path) -> None:
-    """Raises ValueError unless both files can be read: what can be known without a base."""
-    read_config(folder), read_tensors(folder / 'adapter_model.safetensors')
-
-
-def read_config(folder: Path) -> dict:
-    """adapter_config.json as a dict. Raises ValueError for all that is more than LoRA on linears."""
+def read_files(folder: Path) -> tuple[dict, Tensors]:
+    """adapter_config.json, and the tensors by their names in PEFT. Raises ValueError for all that is more than LoRA on linears,
+    as far as it can be known without a base."""
     if not (folder / 'adapter_model.safetensors').exists() and (folder / 'adapter_model.bin').exists():
         raise ValueError(f'{folder}/adapter_model.bin is a pickle, which may run code: save it with PEFT as safetensors')
     if not (folder / 'adapter_config.json').exists():
@@ -81,7 +83,7 @@ def read_config(folder: Path) -> dict:
             raise ValueError(f'{folder}: {key}={value!r} is more than LoRA on linears, which is all that can be read here')
     if config.get('init_lora_weights', True) not in (True, False, None, 'gaussian', 'eva', 'orthogonal'):
         raise ValueError(f'{folder}: init_lora_weights={config["init_lora_weights"]!r} changes the base: save it converted')
-    return config
+    return config, read_tensors(folder / 'adapter_model.safetensors')[0]
 
 
 def setting(folder: Path, config: dict, module: str, key: str) -> float:
@@ -95,15 +97,3 @@ def setting(folder: Path, config: dict, module: str, key: str) -> float:
     if type(value) not in (int, float) or not 0 < value < 1e30:
         raise ValueError(f'{folder}: {key} of {module} is {value!r}, expected a number above 0')
     return value
-
-
-def tensors_of(folder: Path, places: set[str]) -> Tensors:
-    """The adapter's tensors in float64, by the names of a model with one expert. Raises ValueError for one without a place."""
-    given = {}
-    for name, t in read_tensors(folder / 'adapter_model.safetensors')[0].items():
-        found = re.fullmatch(IN_PEFT, name)
-        short = f'{found[1]}.{found[2]}' if found else None
-        if short not in places or not t.is_floating_point():
-            raise ValueError(f'{folder}: no place for {name} ({t.dtype}): expected LoRA on the linears of attention and MLP')
-        given[short] = t.double()
-    return given

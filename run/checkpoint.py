@@ -74,15 +74,18 @@ def save(file: Path, tensors: dict[str, torch.Tensor], facts: dict, **metadata: 
     """Tensors and facts (numbers and strings) as one .safetensors file. In its metadata, beside what else is given: `facts` in
     JSON, and `sha256`, of the whole file with 64 zeros in this place."""
     tensors = {name: v.detach().cpu().contiguous() for name, v in tensors.items()}
-    raw = to_bytes(tensors, {**metadata, 'facts': json.dumps(facts, allow_nan=False), 'sha256': '0' * 64})
-    at = seal(raw)
-    sealed = raw[:at] + hashlib.sha256(raw).hexdigest().encode() + raw[at + 64 :]
-    write_atomically(file, lambda path: path.write_bytes(sealed))
+    raw = sealed(to_bytes(tensors, {**metadata, 'facts': json.dumps(facts, allow_nan=False), 'sha256': '0' * 64}))
+    write_atomically(file, lambda path: path.write_bytes(raw))
 
 
-def seal(raw: bytes) -> int:
-    """Where in the header the 64 digits are. ValueError if they are not; quotes within a name or a value are escaped."""
-    return raw.index(b'"sha256":"', 8, 8 + int.from_bytes(raw[:8], 'little')) + len(b'"sha256":"')
+def sealed(raw: bytes) -> bytes:
+    """The file with the right `sha256`. ValueError if it has no place for it; quotes within a name or a value are escaped."""
+    at = raw.index(b'"sha256":"', 8, 8 + int.from_bytes(raw[:8], 'little')) + len(b'"sha256":"')
+    before, after = memoryview(raw)[:at], memoryview(raw)[at + 64 :]
+    digest = hashlib.sha256(before)
+    digest.update(b'0' * 64)
+    digest.update(after)
+    return b''.join((before, digest.hexdigest().encode(), after))
 
 
 def read(file: Path, prefix: str = '') -> tuple[dict[str, torch.Tensor], dict]:
@@ -90,11 +93,7 @@ def read(file: Path, prefix: str = '') -> tuple[dict[str, torch.Tensor], dict]:
     file."""
     try:
         raw = Path(file).read_bytes()
-        at = seal(raw)
-        digest = hashlib.sha256(memoryview(raw)[:at])
-        digest.update(b'0' * 64)
-        digest.update(memoryview(raw)[at + 64 :])
-        if digest.hexdigest().encode() != raw[at : at + 64]:
+        if sealed(raw) != raw:
             raise ValueError
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], 'little')])
         return part(dict(sorted(load(raw).items())), prefix), json.loads(header['__metadata__']['facts'])

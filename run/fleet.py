@@ -101,7 +101,7 @@ class Fleet:
         """Who of those present reaches the end of the round. The others have lost what they did: their files say what they
         are."""
         present = [i for i in present if not self.fails(i, t)]
-        self.keep(present)
+        self.here = [user for user in self.here if user.id in present]
         return present
 
     # ---- in memory and on disk -------------------------------------------------------------------------------------------
@@ -109,16 +109,12 @@ class Fleet:
         """This process's part of these users, one after the other, once all are in memory; the others are let go: what they are
         is in their files."""
         mine = ids[processes.rank() :: processes.world()]
-        already = {user.id: user for user in self.keep(mine)}
+        self.here = [user for user in self.here if user.id in mine]  # before others need memory
+        already = {user.id: user for user in self.here}
         self.here = [already.get(i) or self.user(i) for i in mine]
         for user in self.here:
-            self.journal.resumes_training()
+            self.journal.trains_since = time.time()
             yield user
-
-    def keep(self, ids: list[int]) -> list[User]:
-        """Lets go of all users in memory here but these. Returns those."""
-        self.here = [user for user in self.here if user.id in ids]
-        return self.here
 
     def user(self, i: int) -> User:
         """User i as its file has it or, if it never took part, as everybody starts."""

@@ -64,8 +64,9 @@ class Journal:
         self.c, self.out, self.folder, self.began_main = c, Path(c.out_dir), Path(c.out_dir, 'checkpoint'), time.time()
         self.hidden = c.quiet or processes.rank() > 0  # neither lines nor bars of this process are shown
         self.start, self.t, self.kept = 0, -1, 0  # first round to do; the current one; bytes of metrics.jsonl that are kept
-        self.pending, self.results, self.losses, self.bar = [], {}, [], None
-        self.of_round, self.stepped = {}, {}  # {when: {user: round}} of results; {user: the rate of its last step}
+        self.pending, self.losses, self.bar = [], [], None
+        self.results = {}  # {when: {user: (round, perplexity)}}
+        self.stepped = {}  # {user: the rate of its last step}
         self.clock = {'seconds': 0.0, 'training': 0.0, 'bytes_up': 0, 'bytes_down': 0, 'steps': 0, 'checkpoints': 0.0}
         self.lock = self.metrics = None
         if why := self.refusal():
@@ -195,8 +196,8 @@ class Journal:
         if processes.world() == 1:
             self.publish()
         if kind in ('train', 'router'):
-            self.clock['training'] += time.time() - self.mark
-            self.resumes_training()
+            self.clock['training'] += time.time() - self.trains_since
+            self.trains_since = time.time()
         if kind == 'train':
             self.show_step(values['user'], values['loss'])
 
@@ -211,9 +212,6 @@ class Journal:
             sys.exit(f'{where}: {fix}; the last finished round is kept in {self.folder}')
         if kind != 'eval':
             self.stepped[i] = '--router_lr' if kind == 'router' else '--expert_lr'
-
-    def resumes_training(self) -> None:
-        self.mark = time.time()
 
     def publish(self) -> None:
         """Every process's new lines, in order of users, into metrics.jsonl (process 0) and what they say into `results`
@@ -232,8 +230,7 @@ class Journal:
     def note(self, line: dict) -> None:
         """What a run must know of all its users later."""
         if line['kind'] == 'eval':
-            self.results.setdefault(line['when'], {})[line['user']] = line['ppl']
-            self.of_round.setdefault(line['when'], {})[line['user']] = line['round']
+            self.results.setdefault(line['when'], {})[line['user']] = line['round'], line['ppl']
         elif line['kind'] == 'comm':
             for key in ('bytes_up', 'bytes_down'):
                 self.clock[key] += line[key]
@@ -249,11 +246,11 @@ class Journal:
                 result = evaluate(model or user.model, tokens, self.c.block_size, self.hidden)
             seen = {key: result[key] for key in ('loss', 'ppl', 'scores') if result[key] is not None}
             self.log('eval', {'step': user.expert_steps, 'user': i, 'split': 'test', 'when': when, **seen, **at})
-        self.resumes_training()
+        self.trains_since = time.time()
 
     def of_all(self, when: str, t: int | None = None) -> list[float | None]:
         """Perplexity of every tested user at its last evaluation of that kind; None if there was none, or none in round t."""
-        known = {i: ppl for i, ppl in self.results.get(when, {}).items() if t in (None, self.of_round[when][i])}
+        known = {i: ppl for i, (last, ppl) in self.results.get(when, {}).items() if t in (None, last)}
         return [known.get(i) for i in self.tested]
 
     # ---- what is shown -----------------------------------------------------------------------------------------------
@@ -297,7 +294,7 @@ class Journal:
         self.done += 1
         self.bar.update()
         if not self.bar.disable:
-            last = max(self.of_round.get('local', {0: 0}).values())
+            last = max((t for t, _ in self.results.get('local', {}).values()), default=0)
             ppl = [p for p in self.of_all('local', last) if p is not None]
             said = f'{cell(mean(ppl))} (round {last}, mean of {len(ppl)})' if ppl else '-'
             self.bar.set_postfix({'round': self.t + 1, 'user': self.name(i), 'loss': f'{loss:.3f}', 'test ppl': said})

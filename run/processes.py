@@ -70,17 +70,13 @@ def all_gather(tensors: Tensors | None = None, facts: object = None) -> list[tup
             dist.broadcast(buffer, source)
             found.append(load(buffer.numpy().tobytes()))
     except RuntimeError as error:
-        sys.exit(
-            f'process {rank()} of {world()} has lost another one '
-            f'({str(error).splitlines()[0][:80]}): the last finished round is kept, continue with --resume'
-        )
+        why = str(error).splitlines()[0][:80]
+        sys.exit(f'process {rank()} has lost another one ({why}): the last finished round is kept, continue with --resume')
     return [(them, json.loads(them.pop('facts of this process').numpy().tobytes())) for them in found]
 
 
 def gather(mine: dict[int, Tensors]) -> dict[int, Tensors]:
     """{user: tensors} of all processes, in order of users. mine: those of the users in memory here."""
-    if world() == 1:
-        return mine
     flat, found = {f'{i} {name}': v for i, own in mine.items() for name, v in own.items()}, {}
     for tensors, ids in all_gather(flat, [*mine]):
         found |= {i: {} for i in ids}

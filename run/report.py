@@ -64,8 +64,7 @@ def save_adapters(c: SimpleNamespace, fleet: Fleet, journal: Journal, server: Te
         own = here[i] if i in here else checkpoint.read(fleet.file(i), 'adapter/')[0]
         checkpoint.save(folder / f'user{i}.safetensors', own, {}, **{key: str(value) for key, value in facts.items()})
     if c.aggregate in ONE_MODEL and processes.rank() == 0:
-        both = {'base': c.init_from, 'round': str(c.rounds)}
-        checkpoint.save(folder / 'server.safetensors', fleet.model_for_all(server), {}, **both)
+        checkpoint.save(folder / 'server.safetensors', fleet.model_for_all(server), {}, base=c.init_from, round=str(c.rounds))
     if c.aggregate == 'flora' and processes.rank() == 0:  # as the last round began with it
         shape = json.dumps(dataclasses.asdict(fleet.base.config))
         checkpoint.save(folder / 'base.safetensors', fleet.base.state_dict(), {}, gpt_config=shape)
@@ -77,6 +76,7 @@ def summarise(c: SimpleNamespace, fleet: Fleet, journal: Journal, trainable: lis
     when = 'aggregated' if fleet.some else 'fused' if c.aggregate == 'fdlora' else 'local'  # what all have at one moment
     when = when if c.rounds else 'pretrained'
     ppl, aggregated = journal.of_all(when), journal.of_all('aggregated')
+    valid = [ppl for _, ppl in journal.results['final'].values()]
     n_tokens = [1 if c.target == 'mixture' else users[i]['tokens']['test'] - 1 for i in journal.tested]
     step_tokens = c.batch_size * (len(users) if c.pooled else 1) * c.block_size
     shared = sum(v.numel() for v in truncate(fleet.asked, c.lora_rank[0]).values())
@@ -96,8 +96,8 @@ def summarise(c: SimpleNamespace, fleet: Fleet, journal: Journal, trainable: lis
         'mean_aggregated_test_ppl': mean(aggregated),
         # exp of the mean loss over all test tokens: what a model of pooled text is scored by elsewhere, below the mean of users
         'pooled_test_ppl': None if None in ppl else perplexity(np.average(np.log(ppl), weights=n_tokens)),
-        'mean_valid_ppl': mean([*journal.results['final'].values()]),
-        'valid_ppl': [*journal.results['final'].values()],
+        'mean_valid_ppl': mean(valid),
+        'valid_ppl': valid,
         'trainable_params': trainable,
         'shared_params': shared if c.rounds else 0,
         'bytes_up': clock['bytes_up'],

@@ -30,7 +30,6 @@ from federate import (
     truncate,
     trust_average,
     trust_matrix,
-    validation_scores,
     weight_scores,
     weighted_sum,
 )
@@ -223,9 +222,9 @@ def test_trust_matrix_is_a_softmax_over_rows():
 def test_perplexities_saturate_trust_and_losses_do_not():
     """60, 90, 80, 100: (1, 0, 0, 0) by perplexity; (.33, .22, .25, .20) if it were by loss."""
     ppl = torch.tensor([[60.0, 90.0, 80.0, 100.0]]).double()
-    assert torch.allclose(trust_matrix(validation_scores(ppl), 1.0), torch.tensor([[1.0, 0, 0, 0]]).double(), atol=1e-8)
+    assert torch.allclose(trust_matrix(-ppl, 1.0), torch.tensor([[1.0, 0, 0, 0]]).double(), atol=1e-8)
     by_loss = torch.tensor([[0.33, 0.22, 0.25, 0.20]]).double()
-    assert torch.allclose(trust_matrix(validation_scores(ppl.log()), 1.0), by_loss, atol=0.006)
+    assert torch.allclose(trust_matrix(-ppl.log(), 1.0), by_loss, atol=0.006)
 
 
 def test_trust_by_weights_is_the_mean_cosine_of_rows():
@@ -278,7 +277,7 @@ def test_identical_users_trust_each_other_equally():
     weights, given = lora_updates([4]) * 3, made_up(1) * 3
     uniform = torch.full((3, 3), 1 / 3).double()
     logits = made_up(1, as_logits=True) * 3
-    for scores in (weight_scores(weights), validation_scores(torch.full((3, 3), 7.0)), prediction_scores(logits, 30)):
+    for scores in (weight_scores(weights), torch.full((3, 3), -7.0), prediction_scores(logits, 30)):
         assert torch.allclose(trust_matrix(scores, 1.0), uniform)
     assert torch.allclose(prediction_trust(given, 30), uniform)
 
