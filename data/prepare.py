@@ -60,8 +60,6 @@ SETS = {
 
 
 # ---- who gets how much of what --------------------------------------------------------------------------------------
-
-
 def sizes(options: dict, n_users: int) -> dict[str, list]:
     """Per split and user: tokens (int) or, by default in local and base, a fraction (float) of the user's text."""
     asked, base, defaults = {}, options['set'] == 'base', SETS[options['set']]['tokens']
@@ -131,8 +129,6 @@ def without_crumbs(asked: dict, shares: dict, n_documents: list[int]) -> dict[st
 
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------
-
-
 def encode(enc: Encoding, text: str) -> np.ndarray:
     if enc.name == 'bytes':
         return np.frombuffer(text.encode(), np.uint8).astype('<u2')
@@ -263,8 +259,6 @@ def documents_in(spool: BinaryIO, part: np.ndarray, size: float, enc: Encoding, 
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
-
-
 def report(meta: dict, asked: dict, paper: tuple | None, supply: str) -> None:
     """Print who has what (of how much, if less than asked), beside the paper's Table 3; of more than MANY users a summary."""
     users, rows, short = meta['users'], [], 0

@@ -36,8 +36,6 @@ CATEGORIES = {  # of the paper's sets
 
 
 # ---- rows: dictionaries, from the Hub or from files -----------------------------------------------------------------
-
-
 def printable(text: object) -> str:
     """'?' for what could command a terminal or is not UTF-8, as files' names may hold."""
     return re.sub(r'[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]', '?', str(text))
@@ -152,8 +150,6 @@ def user_files(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 # ---- documents: (category, text) ------------------------------------------------------------------------------------
-
-
 def documents_of(
     rows: Iterable[tuple[str, dict]], category: int | Callable[[dict], int | None], clean: Callable[[str], str] = str
 ) -> Iterator[tuple[int, str]]:

@@ -24,21 +24,16 @@ def encoding(name: str) -> tiktoken.Encoding:
 
     Raises ValueError for another name, OSError if GPT-2's files are neither cached nor reachable."""
     if name == 'bytes':
-        return tiktoken.Encoding(
-            'bytes',
-            pat_str=r'(?s).',
-            mergeable_ranks={bytes([i]): i for i in range(256)},
-            special_tokens={'<|endoftext|>': 256},
-        )
+        ranks, special = {bytes([i]): i for i in range(256)}, {'<|endoftext|>': 256}
+        return tiktoken.Encoding('bytes', pat_str=r'(?s).', mergeable_ranks=ranks, special_tokens=special)
     if name != 'gpt2':
         raise ValueError(f"unknown tokenizer {name!r}: expected 'gpt2' or 'bytes'")
     try:
         return tiktoken.get_encoding('gpt2')
     except Exception as error:
-        raise OSError(
-            f"GPT-2's vocabulary is neither cached nor reachable ({type(error).__name__}): connect once, or set "
-            'TIKTOKEN_CACHE_DIR to a folder with its two cached files, or prepare with --tokenizer=bytes for a base of bytes'
-        ) from None
+        why = f"GPT-2's vocabulary is neither cached nor reachable ({type(error).__name__})"
+        fix = "connect once, or set TIKTOKEN_CACHE_DIR to its two files' folder, or give --tokenizer=bytes for a base of bytes"
+        raise OSError(f'{why}: {fix}') from None
 
 
 def clean(text: str) -> str:
@@ -96,9 +91,7 @@ def read_meta(folder: Path, vocab_size: int | None = None) -> dict:
     except FileNotFoundError:
         raise ValueError(f'no data set at {folder} (no meta.json): data/prepare.py makes it, see the README') from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f'{folder}/meta.json cannot be read ({type(error).__name__}: {error}): prepare the data set again'
-        ) from None
+        raise ValueError(f'{folder}/meta.json cannot be read ({type(error).__name__}: {error}): prepare it again') from None
     if vocab_size is not None and not 0 <= vocab_size - meta['vocab_size'] < 128:  # bases pad theirs, e.g. 50257 -> 50304
         fix = ''.join(f'prepare with --tokenizer={t}, or ' for t, n in VOCABULARIES.items() if 0 <= vocab_size - n < 128)
         raise ValueError(
@@ -145,13 +138,23 @@ def check_lengths(user: dict, i: int, block_size: int) -> None:
 def load_user(folder: str | Path, meta: dict, i: int) -> dict:
     """User i's {'train': tokens, 'valid': tokens, 'test': tokens}, read-only arrays, checked against meta.json as they are
     read. Raises ValueError naming the file."""
-    user, dtype = meta['users'][i], np.dtype(meta['dtype'])
-    return {
-        split: load_stream(
-            Path(folder, f'user{i}_{split}.bin'), dtype, user['tokens'][split], user['sha256'][split], meta['vocab_size']
-        )
-        for split in SPLITS
-    }
+    user, dtype, found = meta['users'][i], np.dtype(meta['dtype']), {}
+    for split in SPLITS:
+        file, n = Path(folder, f'user{i}_{split}.bin'), user['tokens'][split]
+        raw = file.read_bytes() if file.exists() else b''
+        tokens = found[split] = np.frombuffer(raw, dtype, len(raw) // dtype.itemsize)
+        if not file.exists():
+            why = 'is missing'
+        elif len(raw) != n * dtype.itemsize:
+            why = f'has {len(raw)} bytes, but meta.json says {n} tokens of {dtype.itemsize}: truncated or overwritten'
+        elif n and tokens.max() >= meta['vocab_size']:
+            why = f'holds token {tokens.max()}, outside the vocabulary of {meta["vocab_size"]}'
+        elif hashlib.sha256(raw).hexdigest() != user['sha256'][split]:
+            why = 'is not the file that meta.json describes (SHA-256 differs)'
+        else:
+            continue
+        raise ValueError(f'{file} {why}: prepare the data set again')
+    return found
 
 
 def is_text(file: Path) -> bool:
@@ -168,24 +171,6 @@ def load_text(file: str | Path, tokenizer: str) -> np.ndarray:
     if not is_text(Path(file)):
         raise ValueError(f'{file} is not text in UTF-8')
     return np.array(encoding(tokenizer).encode_ordinary(clean(Path(file).read_text(encoding='utf-8'))))
-
-
-def load_stream(file: Path, dtype: np.dtype, n_tokens: int, sha256: str, vocab_size: int) -> np.ndarray:
-    """One split, checked against meta.json. Raises ValueError naming the file."""
-    if not file.exists():
-        raise ValueError(f'{file} is missing: prepare the data set again')
-    raw = file.read_bytes()
-    if len(raw) != n_tokens * dtype.itemsize:
-        raise ValueError(
-            f'{file} has {len(raw)} bytes, but meta.json says {n_tokens} tokens of {dtype.itemsize}: '
-            'truncated or overwritten, prepare the data set again'
-        )
-    tokens = np.frombuffer(raw, dtype)
-    if n_tokens and tokens.max() >= vocab_size:
-        raise ValueError(f'{file} holds token {tokens.max()}, outside the vocabulary of {vocab_size}: prepare it again')
-    if hashlib.sha256(raw).hexdigest() != sha256:
-        raise ValueError(f'{file} is not the file that meta.json describes (SHA-256 differs): prepare the data set again')
-    return tokens
 
 
 def mixture(streams: list[dict], i: int) -> dict:
