@@ -362,8 +362,8 @@ def weight_files(path: Path) -> list[Path]:
             listed = read_json(index).get('weight_map')
             names = sorted({*map(str, listed.values())}) if isinstance(listed, dict) and listed else ['nothing']
             found = [folder / name for name in names]
-            if any(file.parent != folder or not file.is_file() for file in found):
-                raise ValueError(f'{index} lists {", ".join(names)[:150]}: expected files beside it: copy them or remove it')
+            if lost := [name for name, file in zip(names, found) if file.parent != folder or not file.is_file()]:
+                raise ValueError(f'{index} lists {", ".join(lost)[:150]}: expected files beside it: copy them or remove it')
             if path in found and found[1:]:
                 raise ValueError(f'{path} is one of {len(found)} files of a base: give their folder, {folder}')
         found = found or sorted(f for f in folder.glob(pattern) if f.is_file() and f.name[0] != '.')
@@ -395,7 +395,7 @@ def read_json(file: Path, text: str | None = None) -> dict:
     with contextlib.suppress(OSError, ValueError, RecursionError):
         if isinstance(found := json.loads(file.read_bytes() if text is None else text), dict):
             return found
-    raise ValueError(f'{file} has no JSON object {{...}}: {what_it_is(file)}')
+    raise ValueError(f'{file} cannot be read as a JSON object {{...}}: {what_it_is(file)}')
 
 
 def what_it_is(file: Path) -> str:

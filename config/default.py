@@ -116,7 +116,7 @@ LEGAL = {
     'participation prune_gamma': '0 < x <= 1',
     'failures': '0 <= x <= 1',
     'trim': '0 <= x < 0.5',
-    'dataset init_from out_dir': 'x.strip()',
+    'dataset init_from out_dir': "x.strip() != ''",
 }
 # ---- between switches: a condition that must hold, and why
 MUST = {

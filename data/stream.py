@@ -168,6 +168,8 @@ def is_text(file: Path) -> bool:
 
 def load_text(file: str | Path, tokenizer: str) -> np.ndarray:
     """A text file as one stream of tokens. Raises ValueError or OSError."""
+    if not Path(file).is_file():
+        raise ValueError(f'{file} does not exist, or is no file')
     if not is_text(Path(file)):
         raise ValueError(f'{file} is not text in UTF-8')
     return np.array(encoding(tokenizer).encode_ordinary(clean(Path(file).read_text(encoding='utf-8'))))

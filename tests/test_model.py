@@ -431,7 +431,7 @@ def test_which_file_of_a_folder(tmp_path):
     assert 'b.safetensors is one of 2 files' in refusal(folder / 'b.safetensors')
     assert not is_base(folder / 'model_step100.safetensors', sound)  # in no index
     for spoilt, message in (
-        ('[]', 'has no JSON object'),
+        ('[]', 'cannot be read as a JSON object'),
         ('{}', 'lists nothing'),
         ('{"weight_map": {}}', 'lists nothing'),
         ('{"weight_map": ["a.safetensors"]}', 'lists nothing'),
@@ -490,15 +490,15 @@ def test_every_field_of_a_config_is_checked(field, tmp_path):
     short = {name: value for name, value in own.items() if name != field}
     for text, message in {
         **dict.fromkeys((json.dumps(short), json.dumps({**own, 'new': 1}), '{}'), 'write the file again with save_gpt'),
-        **dict.fromkeys(('', '{', '[]', 'null', '3', '"x"', '[' * 100000), 'own.safetensors has no JSON object'),
+        **dict.fromkeys(('', '{', '[]', 'null', '3', '"x"', '[' * 100000), 'own.safetensors cannot be read as a JSON object'),
     }.items():
         save_file(tensors, tmp_path / 'own.safetensors', {'gpt_config': text})
         assert message in refusal(tmp_path / 'own.safetensors')
     for text in ('', '{', '[]', 'null', '3', '\udcff', '[' * 100000, '{"n_layer": ' + '9' * 5000 + '}'):
         file.write_bytes(text.encode(errors='surrogateescape'))
-        assert 'config.json has no JSON object' in refusal(source)
+        assert 'config.json cannot be read as a JSON object' in refusal(source)
     file.unlink()
-    assert 'config.json has no JSON object {...}: No such file or directory' in refusal(source)
+    assert 'config.json cannot be read as a JSON object {...}: No such file or directory' in refusal(source)
 
 
 LFS = b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548105171\n'
@@ -528,7 +528,7 @@ def test_what_is_no_file_of_weights(tmp_path):
             read_peft(tmp_path, {}, 16)
         assert message in str(error.value)
         (tmp_path / 'adapter_config.json').write_bytes(raw)
-        with pytest.raises(ValueError, match='adapter_config.json has no JSON object'):
+        with pytest.raises(ValueError, match='adapter_config.json cannot be read as a JSON object'):
             read_peft(tmp_path, {}, 16)
         (tmp_path / 'adapter_config.json').write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 16}')
     torch.save({'model': {'wte.weight': torch.ones(2)}, 'iter_num': 3}, tmp_path / 'ckpt.pt')
