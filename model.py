@@ -92,6 +92,20 @@ class CrossEntropy(torch.autograd.Function):
         return dx * (grad / len(dx)), None, None
 
 
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention of T new tokens to themselves and all S - T before, which are none, or T is 1. q (B, H, T, D), k and v
+    (B, G, S, D) -> (B, T, H D). Queries of H / G heads side by side share keys and values; in GPT-2 every head has its own."""
+    (B, H, T, D), G = q.shape, k.shape[1]
+    if q.device.type == 'cpu' and T <= 128 and torch.is_grad_enabled():  # SDPA's backward is slow there
+        future = torch.ones(T, T, dtype=torch.bool).triu(1).repeat(H // G, 1)  # (H/G T, T)
+        scores = (q * D**-0.5).reshape(B, G, H // G * T, D) @ k.transpose(-2, -1)  # (B, G, H/G T, S)
+        y = scores.masked_fill(future, -torch.inf).softmax(-1).to(v.dtype) @ v  # (B, G, H/G T, D)
+        y = y.view(B, H, T, D)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=G < H)  # a lone token is the last and sees all
+    return y.transpose(1, 2).reshape(B, T, H * D)
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention."""
 
@@ -109,13 +123,7 @@ class Attention(nn.Module):
             if past:
                 k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)  # (B, H, S + T, C/H) each
             past[:] = k, v
-        if x.device.type == 'cpu' and T <= 128 and torch.is_grad_enabled():  # SDPA's backward is slow there
-            future = torch.ones(T, T, dtype=torch.bool).triu(1)
-            scores = (q * (C // self.n_head) ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, T)
-            y = scores.masked_fill(future, -torch.inf).softmax(-1).to(v.dtype) @ v  # (B, H, T, C/H)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # a lone token is the last and sees all
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+        return self.c_proj(attend(q, k, v))  # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -145,6 +153,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    described_by = 'gpt_config'  # in the metadata of save_gpt
+    tokenizer = None  # tokenizer.json beside the base, where that tells which text it reads (llama.py)
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
@@ -152,11 +163,24 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        for name, p in self.named_parameters():  # GPT-2's initialisation
+        self.initialise(('attn.c_proj', 'mlp.c_proj'))
+
+    def initialise(self, residual: tuple[str, ...]) -> None:
+        """GPT-2's initialisation. residual: the projections into the residual stream, which are scaled by depth."""
+        for name, p in self.named_parameters():
             if name.endswith('bias'):
                 nn.init.zeros_(p)
-            elif 'ln_' not in name:  # residual projections are scaled by depth
-                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * config.n_layer) if 'c_proj' in name else 1))
+            elif 'ln_' not in name:
+                small = name.endswith(tuple(f'{part}.weight' for part in residual))
+                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * len(self.h)) if small else 1))
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        return self.wte.weight  # (V, C)
+
+    def embed(self, idx: torch.Tensor, S: int) -> torch.Tensor:
+        """Tokens idx (B, T) at positions S, S + 1, ... -> (B, T, C)."""
+        return self.wte(idx) + self.wpe.weight[S : S + idx.shape[1]]
 
     def hidden(self, idx: torch.Tensor, cache: list[list] | None = None) -> tuple[torch.Tensor, list]:
         """Last hidden states and what each layer's MLP says of its routing (None for a plain MLP).
@@ -167,8 +191,8 @@ class GPT(nn.Module):
         S = cache[0][0].shape[2] if cache and cache[0] else 0
         end = S + idx.shape[1]
         if end > self.config.n_positions:
-            raise ValueError(f'a sequence of {end} tokens, but this GPT-2 has {self.config.n_positions} positions')
-        x = self.wte(idx) + self.wpe.weight[S:end]  # (B, T, C)
+            raise ValueError(f'a sequence of {end} tokens, but this base has {self.config.n_positions} positions')
+        x = self.embed(idx, S)  # (B, T, C)
         routing, decided = [], None
         for block, past in zip(self.h, cache or [None] * len(self.h)):
             x, decided = block(x, decided, past)
@@ -178,7 +202,7 @@ class GPT(nn.Module):
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """(..., C) -> (..., V). Logits are float32 under autocast, too: who reads them takes differences of large numbers."""
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.wte.weight.float())
+            return F.linear(x.float(), self.head_weight.float())
 
     def forward(self, idx: torch.Tensor) -> tuple[torch.Tensor, list]:
         """idx (B, T) -> logits (B, T, V), routing of every layer."""
@@ -191,9 +215,9 @@ class GPT(nn.Module):
         idx, targets (B, T); targets are idx one position later."""
         x, routing = self.hidden(idx)
         x, targets = x.flatten(0, 1), targets.flatten()  # (N, C), (N,)
-        if self.wte.weight.requires_grad and torch.is_grad_enabled():  # pretrain.py: the head is trained too
+        if self.head_weight.requires_grad and torch.is_grad_enabled():  # pretrain.py: the head is trained too
             return F.cross_entropy(self.head(x), targets), routing
-        return CrossEntropy.apply(x, self.wte.weight, targets), routing
+        return CrossEntropy.apply(x, self.head_weight, targets), routing
 
     @torch.no_grad()
     def stream(self, idx: torch.Tensor, n: int, temperature=1.0, top_k=None, seed=None, cached=True) -> Iterator[torch.Tensor]:
@@ -281,17 +305,29 @@ def fingerprint(model: GPT) -> str:
 
 # ---- a base from the Hub or a file -----------------------------------------------------------------------------------
 def load_gpt(source: str) -> GPT:
-    """A GPT-2 in float32 on the CPU, from one of
+    """A GPT-2 in float32 on the CPU: see `read_base`. llama.load_base also takes the Llama family."""
+    return gpt_of(*read_base(source), source)
 
-    - a name in HUB: the Hub's safetensors, downloaded or from its cache (HF_HOME and HF_HUB_OFFLINE are honoured);
+
+def gpt_of(tensors: dict, config: dict, where: str, source: str) -> GPT:
+    """A GPT-2 out of what `read_base` returned. Raises ValueError if it is none."""
+    if where.startswith(GPT.described_by):
+        return filled(GPT, as_config(GPTConfig, config, where), tensors, source)
+    return filled(GPT, hub_config(config, where), from_hub(tensors), source)
+
+
+def read_base(source: str, hub: dict[str, str] = HUB) -> tuple[dict, dict, str]:
+    """({name: tensor}, config, where that stood) of a base, from one of
+
+    - a name in `hub`, or owner/name: safetensors of the Hub, or of its cache (HF_HOME and HF_HUB_OFFLINE are honoured);
     - a folder in the Hub's format: config.json, and the weights that `weight_files` finds;
     - a .safetensors file written by save_gpt (our own format), or one of the Hub's with config.json beside it.
 
     Raises ValueError or OSError with one line that says what is wrong. Never executes code from a file."""
     own = Path(__file__).resolve().parent / source  # such as assets/base-tiny.safetensors, from every folder
     path = own if own.exists() and not Path(source).exists() else Path(source)
-    files = download(HUB[source]) if source in HUB else weight_files(path)
-    tensors, own_config = {}, None
+    files = download(hub.get(source, source)) if on_hub(source, hub) else weight_files(path, hub)
+    tensors, given, where = {}, None, files[0].parent / 'config.json'
     for file in files:
         found, metadata = read_tensors(file)
         for name, t in found.items():
@@ -299,20 +335,28 @@ def load_gpt(source: str) -> GPT:
                 raise ValueError(f'{file} is an adapter: expected its base (--init_adapter takes it in a folder of PEFT)')
             if tensors.setdefault(name.removeprefix('transformer.'), t) is not t:
                 raise ValueError(f'{source} has {name} twice, in several files or as transformer.{name}: expected once')
-        own_config = metadata.get('gpt_config', own_config)
-    if own_config is not None:
-        config = as_config(read_json(file, own_config), f'gpt_config in {source}')
-    else:
-        config, tensors = hub_config(files[0].parent / 'config.json'), from_hub(tensors)
+        for kind in ('gpt_config', 'llama_config'):
+            if kind in metadata:
+                given, where = read_json(file, metadata[kind]), f'{kind} in {source}'
+    return tensors, read_json(where) if given is None else given, str(where)
 
+
+def on_hub(source: str, hub: dict[str, str] = HUB) -> bool:
+    """Whether a base is to be had from the Hub: a short name, or an owner/name that is no path here."""
+    named = re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', source) and not source.endswith(('.safetensors', '.bin'))
+    return source in hub or bool(named and not Path(source).parent.exists())
+
+
+def filled(kind: type, config: object, tensors: dict, source: str) -> GPT:
+    """A model of that class with these weights, in float32. Raises ValueError unless they are what its config describes."""
     with torch.device('meta'):
-        model = GPT(config)
+        model = kind(config)
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     given = {name: tuple(t.shape) for name, t in tensors.items()}
     wrong = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
     if wrong:
         raise ValueError(
-            f'{source} is not the GPT-2 that its config describes: {len(wrong)} tensors differ, first {wrong[0]}: '
+            f'{source} is not the {kind.__name__} that its config describes: {len(wrong)} tensors differ, first {wrong[0]}: '
             f'expected {expected.get(wrong[0], "nothing")}, found {given.get(wrong[0], "nothing")}'
         )
     for name, t in tensors.items():
@@ -323,19 +367,31 @@ def load_gpt(source: str) -> GPT:
 
 
 def download(repo: str) -> list[Path]:
-    """The weights of a Hub repository, config.json beside them; shows the client's bar and no line of it. Raises OSError."""
+    """The weights of a Hub repository, beside them config.json and, where there is one, tokenizer.json; shows the client's bar
+    and no line of it. Raises OSError."""
     import huggingface_hub as hub
-    from huggingface_hub.utils import OfflineModeIsEnabled, logging
+    from huggingface_hub.utils import EntryNotFoundError, OfflineModeIsEnabled, logging
 
     logging.set_verbosity_error()
     warnings.filterwarnings('ignore', module='huggingface_hub')
     cause = None
     for cached in (False, True):
+
+        def get(*names: str) -> list[Path]:
+            return [Path(hub.hf_hub_download(repo, name, local_files_only=cached)) for name in names]
+
         try:
             if not cached:
                 hub.get_hf_file_metadata(hub.hf_hub_url(repo, 'config.json'))  # asks once; a download tries for half a minute
-            names = ('model.safetensors', 'config.json')
-            return [Path(hub.hf_hub_download(repo, name, local_files_only=cached)) for name in names][:1]
+            get('config.json')
+            try:
+                weights = get('model.safetensors')
+            except EntryNotFoundError:  # a large base is in parts, which an index lists
+                index = get('model.safetensors.index.json')[0]
+                weights = get(*sorted({*map(str, read_json(index)['weight_map'].values())}))
+            with contextlib.suppress(EntryNotFoundError):
+                get('tokenizer.json')
+            return weights
         except Exception as error:  # the client raises many kinds, all meaning: not there
             cause = cause or error
     status = getattr(getattr(cause, 'response', None), 'status_code', None)
@@ -350,11 +406,11 @@ def download(repo: str) -> list[Path]:
     )
 
 
-def weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path, hub: dict[str, str] = HUB) -> list[Path]:
     """The file of a base, or those of a folder: what an index lists, else the one with the Hub's name, else the only one;
     safetensors before pickles. Raises ValueError, one line, if that leaves none or several, or is a part of a base."""
     if not path.exists():
-        raise ValueError(f'no base model at {str(path)!r}: give a file, a folder, or one of {", ".join(HUB)}')
+        raise ValueError(f'no base model at {str(path)!r}: give a file, a folder, or one of {", ".join(hub)}')
     folder, seen = path if path.is_dir() else path.parent, []
     for name, pattern in (('model.safetensors', '*.safetensors'), ('pytorch_model.bin', 'pytorch_model*.bin')):
         index, found = folder / f'{name}.index.json', [folder / name] * (folder / name).exists()
@@ -414,43 +470,58 @@ def what_it_is(file: Path) -> str:
     return 'it is empty, cut short, damaged or of another format: copy or download it again'
 
 
-def as_config(given: dict, where: object) -> GPTConfig:
-    """A GPTConfig out of JSON. Raises ValueError unless every field is there, and no other, of its type and in its range."""
-    kinds = {f.name: f.type for f in fields(GPTConfig)}
-    if given.keys() != kinds.keys():
-        raise ValueError(f'{where} is not {", ".join(kinds)}: write the file again with save_gpt')
-    for name, kind in kinds.items():
-        value, most = given[name], {'layer_norm_epsilon': 1, 'n_layer': 1024}.get(name, 2**24)
-        if type(value) not in (int, kind) or not 0 < value <= most:
-            raise ValueError(f'{where}: {name}={value!r:.40}, expected {kind.__name__} above 0 and up to {most}')
-    if given['n_embd'] % given['n_head']:
-        raise ValueError(f'{where}: n_embd={given["n_embd"]} is no multiple of n_head={given["n_head"]}')
-    return GPTConfig(**given)
+def as_config(kind: type, given: dict, where: str) -> object:
+    """A dataclass of that kind out of JSON. Raises ValueError unless every field is there, and no other, of its type and in its
+    range."""
+    types = {f.name: f.type for f in fields(kind)}
+    if given.keys() != types.keys():
+        raise ValueError(f'{where} is not {", ".join(types)}: write the file again with save_gpt')
+    for name, wanted in types.items():
+        value, most = (
+            given[name],
+            {'layer_norm_epsilon': 1, 'rms_norm_eps': 1, 'n_layer': 1024, 'rope_theta': 1e12}.get(name, 2**24),
+        )
+        if wanted in (int, float) and (type(value) not in (int, wanted) or not 0 < value <= most):
+            raise ValueError(f'{where}: {name}={value!r:.40}, expected {wanted.__name__} above 0 and up to {most}')
+        if wanted is bool and type(value) is not bool:
+            raise ValueError(f'{where}: {name}={value!r:.40}, expected true or false')
+    config = kind(**given)
+    if config.n_embd % config.n_head:
+        raise ValueError(f'{where}: n_embd={config.n_embd} is no multiple of n_head={config.n_head}')
+    return config
 
 
-def hub_config(file: Path) -> GPTConfig:
-    """config.json of the Hub -> GPTConfig. Raises ValueError if it is missing or describes another model than GPT-2."""
-    given = read_json(file)
+def hub_config(given: dict, where: str) -> GPTConfig:
+    """config.json of the Hub -> GPTConfig. Raises ValueError if it describes another model than GPT-2."""
     if given.get('model_type') != 'gpt2':
-        raise ValueError(f'{file} describes a {given.get("model_type")!r:.40} model, but the base must be a gpt2')
-    config = as_config({f.name: given.get(f.name, f.default) for f in fields(GPTConfig)}, file)
+        raise ValueError(f'{where} describes a {given.get("model_type")!r:.40} model, but the base must be a gpt2')
+    config = as_config(GPTConfig, {f.name: given.get(f.name, f.default) for f in fields(GPTConfig)}, where)
     fixed = {'activation_function': ('gelu_new',), 'n_inner': (None, 4 * config.n_embd), 'scale_attn_weights': (True,)}
     fixed |= {'tie_word_embeddings': (True,), 'scale_attn_by_inverse_layer_idx': (False,)}
     fixed |= {'num_attention_heads': (config.n_head,)}  # transformers would take it for n_head
+    hold_to(fixed, given, where, 'GPT-2')
+    return config
+
+
+def hold_to(fixed: dict[str, tuple], given: dict, where: str, what: str) -> None:
+    """Raises ValueError unless every field that is given has one of its values, of which the first is the rule."""
     for key, legal in fixed.items():
         if given.get(key, legal[0]) not in legal:
-            raise ValueError(f'{file}: {key}={given[key]!r:.40} is not GPT-2 as released ({legal[0]!r})')
-    return config
+            raise ValueError(f'{where}: {key}={given[key]!r:.40} is not {what} as released ({legal[0]!r})')
 
 
 def from_hub(tensors: dict) -> dict:
     """The Hub's layouts -> ours: no causal-mask buffers, Linear (out, in), no head, which must be a copy: else ValueError."""
-    tied = tensors.get('wte.weight')
-    head = tensors.pop('lm_head.weight', tied)
-    if head is not tied and (tied is None or head.shape != tied.shape or not head.float().equal(tied.float())):
-        raise ValueError('lm_head.weight of the base is not its wte.weight: expected tied embeddings, as in GPT-2')
     kept = {name: t for name, t in tensors.items() if not name.endswith(('.attn.bias', '.attn.masked_bias'))}
-    return {name: t.transpose(0, -1) if name.endswith(TRANSPOSED) else t for name, t in kept.items()}
+    return {name: t.transpose(0, -1) if name.endswith(TRANSPOSED) else t for name, t in without_copy(kept).items()}
+
+
+def without_copy(tensors: dict) -> dict:
+    """Without lm_head.weight, if that is the embedding once more. Raises ValueError if it is not."""
+    tied, head = tensors.get('wte.weight'), tensors.get('lm_head.weight')
+    if head is not None and (tied is None or head.shape != tied.shape or not head.float().equal(tied.float())):
+        raise ValueError('lm_head.weight of the base is not its wte.weight: expected tied embeddings, as its config says')
+    return {name: t for name, t in tensors.items() if name != 'lm_head.weight'}
 
 
 # ---- how its numbers are held and multiplied -------------------------------------------------------------------------
@@ -504,5 +575,5 @@ def save_gpt(model: GPT, file: str | Path, dtype: torch.dtype = torch.float32, *
     save_file(
         {name: p.detach().to(dtype).contiguous() for name, p in model.state_dict().items()},
         file,
-        metadata={'gpt_config': json.dumps(asdict(model.config)), **notes},
+        metadata={model.described_by: json.dumps(asdict(model.config)), **notes},
     )
