@@ -95,7 +95,7 @@ class RMSNorm(nn.Module):
 
 @functools.lru_cache(maxsize=8)
 def rotations(config: LlamaConfig, S: int, T: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, (T, D/2) each, of the angles that positions S, ..., S + T - 1 turn the pairs of a head by (RoPE, 2104.09864).
+    """cos and sin, (T, D/2) each, of the angles by which positions S, ..., S + T - 1 turn a head's pairs (RoPE, 2104.09864).
 
     Pair i turns by position * theta^(-2i/D). Llama 3 slows the pairs that turn less than low_freq_factor times in the original
     window by `factor`, leaves those alone that turn more than high_freq_factor times, and goes over smoothly between."""
@@ -189,15 +189,15 @@ def load_base(source: str) -> GPT:
 
     .tokenizer of a Llama is the tokenizer.json beside it, or None. Raises ValueError or OSError, one line."""
     tensors, config, where = read_base(source, HUB)
-    if not where.startswith(Llama.described_by) and config.get('model_type') not in FAMILIES:
-        if config.get('model_type', 'gpt2') != 'gpt2':
-            known = ', '.join(['gpt2', *FAMILIES])
-            raise ValueError(f'{where}: model_type={config["model_type"]!r:.40}, expected one of {known}')
-        return gpt_of(tensors, config, where, source)
+    kind = config.get('model_type', 'gpt2')
     if where.startswith(Llama.described_by):
         base = filled(Llama, own_config(config, where), tensors, source)
-    else:
+    elif kind in [*FAMILIES]:
         base = filled(Llama, llama_config(config, where), from_llama(tensors, config), source)
+    elif kind == 'gpt2':
+        return gpt_of(tensors, config, where, source)
+    else:
+        raise ValueError(f'{where}: model_type={kind!r:.40}, expected one of {", ".join(["gpt2", *FAMILIES])}')
     beside = Path(where if Path(where).exists() else source).with_name('tokenizer.json')
     base.tokenizer = beside if beside.exists() else None
     return base
@@ -214,11 +214,13 @@ def llama_config(given: dict, where: str) -> LlamaConfig:
     """config.json of the Hub -> LlamaConfig. Raises ValueError naming the field that is missing or not as released."""
     family = given['model_type']
     given = {**FAMILIES[family], 'rms_norm_eps': 1e-6, 'tie_word_embeddings': False, **given}
-    rope = {
-        'rope_theta': given.get('rope_theta', 1e4),
-        **(given.get('rope_scaling') or {}),
-        **(given.get('rope_parameters') or {}),
-    }
+    scaled = given.get('rope_parameters') or given.get('rope_scaling') or {}  # since transformers 5, and before
+    windows = [given[key] for key in ('max_position_embeddings', 'sliding_window') if given[key] is not None]
+    if not isinstance(scaled, dict) or any(type(n) is not int for n in windows):
+        raise ValueError(
+            f'{where}: expected numbers for max_position_embeddings and sliding_window, an object for rope_scaling'
+        )
+    rope = {'rope_theta': given.get('rope_theta', 1e4), **scaled}
     kind = rope.get('rope_type', rope.get('type', 'default'))
     hold_to({'rope_type': ('default', 'llama3')}, {'rope_type': kind}, where, f'a {family}')
     biases = {'attention_bias': (False,), 'mlp_bias': (False,)} if family != 'qwen2' else {}
@@ -229,9 +231,8 @@ def llama_config(given: dict, where: str) -> LlamaConfig:
         given['num_key_value_heads'] = heads
     if given.get('head_dim') is None and type(heads) is type(width) is int and heads:
         given['head_dim'] = width // heads
-    # in a window of attention no longer than this, every token sees all before it
-    windows = [given['sliding_window']] if given['sliding_window'] and given.get('use_sliding_window', True) else []
-    given['max_position_embeddings'] = min([given['max_position_embeddings'], *windows])
+    if given.get('use_sliding_window', True):  # in sequences no longer than that every token sees all before it
+        given['max_position_embeddings'] = min(windows)
     scaling = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
     given |= {'rope_theta': rope['rope_theta'], 'qkv_bias': family == 'qwen2'}
     given['rope_scaling'] = [rope.get(key) for key in scaling] if kind == 'llama3' else []

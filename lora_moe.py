@@ -36,7 +36,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import GPT, MLP, product_dtype
+from model import GPT, product_dtype
 
 ATTENTION_RANK = 8  # whatever the rank of the MLP LoRAs (METHOD 1.1)
 
@@ -77,12 +77,12 @@ class LoRALinear(nn.Module):
 
 
 class Expert(nn.Module):
-    """The part of an expert that is its own: a LoRA on c_fc and one on c_proj. The frozen MLP belongs to the mixture."""
+    """The part of an expert that is its own: a LoRA on every linear of the MLP. The frozen MLP belongs to the mixture."""
 
-    def __init__(self, mlp: MLP, rank: int, alpha: float):
+    def __init__(self, mlp: nn.Module, rank: int, alpha: float):
         super().__init__()
-        self.c_fc = LoRA(mlp.c_fc.in_features, mlp.c_fc.out_features, rank, alpha)
-        self.c_proj = LoRA(mlp.c_proj.in_features, mlp.c_proj.out_features, rank, alpha)
+        for name, linear in mlp.named_children():
+            setattr(self, name, LoRA(linear.in_features, linear.out_features, rank, alpha))
 
 
 class Routing(NamedTuple):
@@ -93,55 +93,92 @@ class Routing(NamedTuple):
     weights: torch.Tensor  # (N, K) their weights
 
 
+class GELU:
+    """a = gelu(h), of GPT-2."""
+
+    @staticmethod
+    def forward(h: torch.Tensor) -> torch.Tensor:
+        return F.gelu(h, approximate='tanh')
+
+    @staticmethod
+    def backward(da: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor]:
+        return (torch.ops.aten.gelu_backward(da, h, approximate='tanh'),)
+
+
+class SwiGLU:
+    """a = silu(g) * u, of the Llama family (2002.05202)."""
+
+    @staticmethod
+    def forward(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return F.silu(g).mul_(u)
+
+    @staticmethod
+    def backward(da: torch.Tensor, g: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ops.aten.silu_backward(da * u, g), F.silu(g).mul_(da)
+
+
 class Mixture(torch.autograd.Function):
-    """Σ_k w_k MLP_k(x) without b_P, in the notation of the picture above (F is F_ here), with its derivative written out,
-    because autograd would make more passes over (N, 4C): `da` serves the gradients of w_k and of h_k, one product for both.
+    """Σ_k w_k MLP_k(x) without b_P, in the notation of the picture above, with its derivative written out, because autograd
+    would make more passes over (N, I): `da` serves the gradients of w_k and of what enters the activation, one product for all.
 
     The LoRAs of all E experts lie side by side, and `mine` blanks the columns that are not those of a token's k-th expert:
     E r columns instead of r, but no token is moved, and nothing waits for the device to say how many chose whom."""
 
     @staticmethod
-    def forward(ctx, x, w, chosen, r, F_, b_F, P, A1, B1, A2, B2) -> torch.Tensor:
-        """x (N, C), w (N, K), chosen (N, K) or None: slot k is expert k; r: LoRA rank; F_ (4C, C), b_F (4C,), P (C, 4C),
-        A1 (E r, C), B1 (4C, E r), A2 (E r, 4C), B2 (C, E r), all of one dtype -> (N, C)."""
-        h = torch.addmm(b_F, x, F_.t())  # (N, 4C)
-        low1 = x @ A1.t()  # (N, E r)
-        low2, mixed, kept = torch.zeros_like(low1), None, []
-        for k, (columns, mine) in enumerate(slots(chosen, r, low1)):
+    def forward(ctx, act, x, w, chosen, r, P, A1, A2, B2, *inward) -> torch.Tensor:
+        """x (N, C), w (N, K), chosen (N, K) or None: slot k is expert k; r: LoRA rank; P (C, I), A2 (E r, I), B2 (C, E r).
+
+        inward: F (I, C), b_F (I,) or None and B1 (I, E r) of every linear that reads x: one for GELU, two for SwiGLU, m in
+        all; A1 (m E r, C) has their A. All of one dtype -> (N, C)."""
+        Fs, bs, B1s = inward[::3], inward[1::3], inward[2::3]
+        hs = [x @ F_.t() if b is None else torch.addmm(b, x, F_.t()) for F_, b in zip(Fs, bs)]  # (N, I) each
+        low1 = x @ A1.t()  # (N, m E r)
+        lows = low1.chunk(len(Fs), 1)  # (N, E r) each
+        low2, mixed, kept = x.new_zeros(lows[0].shape), None, []
+        for k, (columns, mine) in enumerate(slots(chosen, r, low2)):
             w_k = w[:, k, None]  # (N, 1)
-            add = h.addmm_ if k == w.shape[1] - 1 else partial(torch.addmm, h)  # the last may have h's place
-            h_k = add(low1[:, columns] * mine, B1[:, columns].t())  # (N, 4C)
-            a = F.gelu(h_k, approximate='tanh')
+            last = k == w.shape[1] - 1  # the last may have h's place
+            h_k = []
+            for h, low, B1 in zip(hs, lows, B1s):
+                add = h.addmm_ if last else partial(torch.addmm, h)
+                h_k.append(add(low[:, columns] * mine, B1[:, columns].t()))  # (N, I)
+            a = act.forward(*h_k)
             low2[:, columns] += a @ A2[columns].t() * (mine * w_k)
             mixed = a * w_k if k == 0 else mixed.addcmul_(a, w_k)
-            kept += [h_k, a]
-        ctx.r = r
-        ctx.save_for_backward(x, w, chosen, low1, low2, F_, P, A1, B1, A2, B2, *kept)
+            kept += [*h_k, a]
+        ctx.act, ctx.r = act, r
+        ctx.save_for_backward(x, w, chosen, low1, low2, P, A1, A2, B2, *Fs, *B1s, *kept)
         return torch.addmm(mixed @ P.t(), low2, B2.t())  # not in place: torch.compile of 2.11 would lose its gradient
 
     @staticmethod
     def backward(ctx, dy: torch.Tensor) -> tuple:
-        x, w, chosen, low1, low2, F_, P, A1, B1, A2, B2, *kept = ctx.saved_tensors
-        need_x, *_, need_A1, need_B1, need_A2, need_B2 = ctx.needs_input_grad
-        dmixed, dlow2 = dy @ P, dy @ B2  # (N, 4C), (N, E r)
-        dh, dw, dlow1 = None, torch.empty_like(w), torch.zeros_like(low1)
-        dB1, dA2 = torch.zeros_like(B1), torch.zeros_like(A2)
-        for k, (columns, mine) in enumerate(slots(chosen, ctx.r, low1)):
-            w_k, low, d = w[:, k, None], low1[:, columns] * mine, dlow2[:, columns] * mine
-            h_k, a = kept[2 * k : 2 * k + 2]
+        x, w, chosen, low1, low2, P, A1, A2, B2, *rest = ctx.saved_tensors
+        need_x, need_A1, need_A2, need_B2, need_B1 = (ctx.needs_input_grad[i] for i in (1, 6, 7, 8, 11))
+        m = len(A1) // len(A2)
+        Fs, B1s, kept = rest[:m], rest[m : 2 * m], rest[2 * m :]
+        lows, dlow1 = low1.chunk(m, 1), torch.zeros_like(low1)
+        dlows = dlow1.chunk(m, 1)
+        dmixed, dlow2 = dy @ P, dy @ B2  # (N, I), (N, E r)
+        dhs, dw, dA2, dB1s = [None] * m, torch.empty_like(w), torch.zeros_like(A2), [torch.zeros_like(B1) for B1 in B1s]
+        for k, (columns, mine) in enumerate(slots(chosen, ctx.r, low2)):
+            w_k, d = w[:, k, None], dlow2[:, columns] * mine
+            *h_k, a = kept[k * (m + 1) : (k + 1) * (m + 1)]
             add = dmixed.addmm_ if k == w.shape[1] - 1 else partial(torch.addmm, dmixed)
-            da = add(d, A2[columns])  # (N, 4C) of w_k a, over w_k
+            da = add(d, A2[columns])  # (N, I) of w_k a, over w_k
             if need_A2:
                 dA2[columns] += (d * w_k).t() @ a
             dw[:, k] = (a * da).sum(1)
-            g = torch.ops.aten.gelu_backward(da, h_k, approximate='tanh')  # of h_k, over w_k
-            if need_B1:
-                dB1[:, columns] += g.t() @ (low * w_k)
-            dlow1[:, columns] += g @ B1[:, columns] * (mine * w_k)
-            dh = g.mul_(w_k) if k == 0 else dh.addcmul_(g, w_k)
-        dx = torch.addmm(dlow1 @ A1, dh, F_) if need_x else None
+            for i, g in enumerate(ctx.act.backward(da, *h_k)):  # (N, I) of h_k, over w_k
+                if need_B1:
+                    dB1s[i][:, columns] += g.t() @ (lows[i][:, columns] * mine * w_k)
+                dlows[i][:, columns] += g @ B1s[i][:, columns] * (mine * w_k)
+                dhs[i] = g.mul_(w_k) if k == 0 else dhs[i].addcmul_(g, w_k)
+        dx = torch.addmm(dlow1 @ A1, dhs[0], Fs[0]) if need_x else None
+        for dh, F_ in zip(dhs[1:], Fs[1:]) if need_x else ():
+            dx.addmm_(dh, F_)
         dA1, dB2 = dlow1.t() @ x if need_A1 else None, dy.t() @ low2 if need_B2 else None
-        return dx, dw, None, None, None, None, None, dA1, dB1 if need_B1 else None, dA2 if need_A2 else None, dB2
+        inward = [grad for dB1 in dB1s for grad in (None, None, dB1 if need_B1 else None)]
+        return None, dx, dw, None, None, None, dA1, dA2 if need_A2 else None, dB2, *inward
 
 
 def slots(chosen: torch.Tensor | None, r: int, low: torch.Tensor) -> list[tuple]:
@@ -160,21 +197,26 @@ class LoRAMoE(nn.Module):
     routing_unit is what one decision covers (METHOD 3.1): 'token'; 'prefix', the mean of the router's inputs up to and
     including the token, causal; 'sequence', their mean over the window, which looks ahead."""
 
-    def __init__(self, mlp: MLP, experts: list[Expert], n_generalists: int, top_k: int, routed: bool, routing_unit: str):
+    def __init__(self, mlp: nn.Module, experts: list[Expert], n_generalists: int, top_k: int, routed: bool, routing_unit: str):
+        """mlp: its linears are its children; all but the last read x, and the last returns to the residual stream."""
         super().__init__()
-        self.c_fc, self.c_proj = mlp.c_fc, mlp.c_proj  # frozen, one copy for all experts of all users
+        self.linears = [name for name, _ in mlp.named_children()]
+        for name, linear in mlp.named_children():
+            setattr(self, name, linear)  # frozen, one copy for all experts of all users
+        self.act = GELU if len(self.linears) == 2 else SwiGLU
         self.generalists, self.specialists = nn.ModuleList(experts[:n_generalists]), nn.ModuleList(experts[n_generalists:])
         self.top_k, self.routing_unit = min(top_k, len(experts)), routing_unit
         self.needs_earlier_tokens = routing_unit != 'token'
         # one expert needs no router; without one, the layer before decides, or if none does (router='mean') all count alike
-        self.router = nn.Linear(self.c_fc.in_features, len(experts), bias=False) if routed and len(experts) > 1 else None
+        self.router = nn.Linear(linear.out_features, len(experts), bias=False) if routed and len(experts) > 1 else None
 
     def forward(self, x: torch.Tensor, routing: Routing | None = None) -> tuple[torch.Tensor, Routing | None]:
         """x (B, T, C), and the routing of the layer before -> (B, T, C), the routing of this layer."""
         experts = [*self.generalists, *self.specialists]
         routing = routing if self.router is None else self.route(x)
         dtype, shape, E = product_dtype(x), x.shape, len(experts)
-        c_fc, c_proj = [e.c_fc for e in experts], [e.c_proj for e in experts]
+        *inward, outward = ([getattr(expert, name) for expert in experts] for name in self.linears)  # LoRAs, by linear
+        *Fs, P = (getattr(self, name) for name in self.linears)
         x = x.flatten(0, 1).to(dtype)  # (N, C)
         chosen = None  # every token meets every expert, expert j in slot j
         if routing is None:
@@ -185,17 +227,23 @@ class LoRAMoE(nn.Module):
             w, chosen = routing.weights, routing.chosen  # (N, K) each
         with torch.autocast(x.device.type, enabled=False):
             # all experts' LoRAs side by side: A (E r, in), with γ in it, and B (out, E r)
-            A1, A2 = (torch.cat([lora.A * lora.scaling for lora in loras]).to(dtype) for loras in (c_fc, c_proj))
-            B1, B2 = (torch.cat([lora.B for lora in loras], 1).to(dtype) for loras in (c_fc, c_proj))
+            A1, A2 = (torch.cat([lora.A * lora.scaling for lora in loras]).to(dtype) for loras in (sum(inward, []), outward))
+            *B1s, B2 = (torch.cat([lora.B for lora in loras], 1).to(dtype) for loras in (*inward, outward))
             if chosen is not None:  # 0 * NaN is NaN: of an expert that no token chose not even that comes through the masks
                 used = torch.zeros(E, dtype=torch.bool, device=x.device).scatter_(0, chosen.flatten(), True)
-                used = used.repeat_interleave(A1.shape[0] // E, output_size=A1.shape[0])  # (E r,)
-                A1, A2 = (A.where(used[:, None], 0) for A in (A1, A2))
-                B1, B2 = (B.where(used, 0) for B in (B1, B2))
-            F_, b_F, P, b_P = (p.to(dtype) for p in (self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias))
-            y = Mixture.apply(x, w.to(dtype), chosen, experts[0].c_fc.A.shape[0], F_, b_F, P, A1, B1, A2, B2)  # (N, C)
-            # a lone top-1 weight is below 1: b_P is scaled too
-            y = y + (w.to(dtype) * b_P if chosen is not None and self.top_k == 1 else b_P)
+                used = used.repeat_interleave(A2.shape[0] // E, output_size=A2.shape[0])  # (E r,)
+                A1, A2 = A1.where(used.repeat(len(Fs))[:, None], 0), A2.where(used[:, None], 0)
+                *B1s, B2 = (B.where(used, 0) for B in (*B1s, B2))
+            own = [
+                part
+                for F_, B1 in zip(Fs, B1s)
+                for part in (F_.weight.to(dtype), F_.bias if F_.bias is None else F_.bias.to(dtype), B1)
+            ]
+            r = len(outward[0].A)
+            y = Mixture.apply(self.act, x, w.to(dtype), chosen, r, P.weight.to(dtype), A1, A2, B2, *own)  # (N, C)
+            if P.bias is not None:  # a lone top-1 weight is below 1: b_P is scaled too
+                b_P = P.bias.to(dtype)
+                y = y + (w.to(dtype) * b_P if chosen is not None and self.top_k == 1 else b_P)
         return y.view(shape), routing
 
     def route(self, x: torch.Tensor) -> Routing:
@@ -286,8 +334,8 @@ def add_lora(
     leaves = [m for m in base.modules() if not any(m.children())]  # frozen, so all users can have the same ones
     model = copy.deepcopy(base, {id(shared): shared for shared in leaves})
     for layer, block in enumerate(model.h):
-        block.attn.c_attn = LoRALinear(block.attn.c_attn, ATTENTION_RANK, alpha)
-        block.attn.c_proj = LoRALinear(block.attn.c_proj, ATTENTION_RANK, alpha)
+        for name, linear in [*block.attn.named_children()]:
+            setattr(block.attn, name, LoRALinear(linear, ATTENTION_RANK, alpha))
         experts = [Expert(block.mlp, rank, alpha) for _ in range(n_experts)]
         here = routed and (layer == 0 or not one_routing)
         block.mlp = LoRAMoE(block.mlp, experts, n_generalists, top_k, here, routing_unit)
