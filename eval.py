@@ -18,8 +18,9 @@ from tqdm import tqdm
 from configurator import die, folder_of, home, mean, parser, read_config, read_json, table, to_json
 from data.stream import Texts
 from federate import ONE_MODEL, Tensors
+from llama import load_base
 from lora_moe import add_lora, roles, shape_of
-from model import GPT, autocast, evaluate, fast_fp32, fingerprint, load_gpt, store_in_bf16, usable
+from model import GPT, autocast, evaluate, fast_fp32, fingerprint, store_in_bf16, usable
 from run import checkpoint
 
 
@@ -80,7 +81,7 @@ def open_run(
         if not merged.exists():
             raise ValueError(f'{run} merges into its base, saved when it has finished: wait, or continue it with --resume')
         checkpoint.read(merged)  # its SHA-256
-        ours = load_gpt(str(merged)).to(device)
+        ours = load_base(str(merged)).to(device)
     alone = shape_of(c, 0) | dict(n_experts=c.n_generalists, routed=False)
     generalist = rebuild(ours, alone, server) if server and c.n_generalists else None
     if c.init_adapter and not generalist and not all(users):
@@ -94,7 +95,7 @@ def open_run(
 
 def open_base(source: str, device: str, dtype: str, sha256: str | None = None) -> GPT:
     """The frozen base on its device, as training has it. Raises ValueError or OSError, one line; also for another SHA-256."""
-    base = load_gpt(source).requires_grad_(False).to(usable(device))
+    base = load_base(source).requires_grad_(False).to(usable(device))
     if sha256 and fingerprint(base) != sha256:
         raise ValueError(f'{source} is not the base that the run was trained on (SHA-256 differs): give that one')
     fast_fp32(base.wte.weight.device.type)

@@ -367,8 +367,8 @@ def filled(kind: type, config: object, tensors: dict, source: str) -> GPT:
 
 
 def download(repo: str) -> list[Path]:
-    """The weights of a Hub repository, beside them config.json and, where there is one, tokenizer.json; shows the client's bar
-    and no line of it. Raises OSError."""
+    """The weights of a Hub repository, beside them config.json and a Llama's tokenizer.json, if there is one; shows the
+    client's bar and no line of it. Raises OSError."""
     import huggingface_hub as hub
     from huggingface_hub.utils import EntryNotFoundError, OfflineModeIsEnabled, logging
 
@@ -383,14 +383,14 @@ def download(repo: str) -> list[Path]:
         try:
             if not cached:
                 hub.get_hf_file_metadata(hub.hf_hub_url(repo, 'config.json'))  # asks once; a download tries for half a minute
-            get('config.json')
+            config = read_json(get('config.json')[0])
             try:
                 weights = get('model.safetensors')
             except EntryNotFoundError:  # a large base is in parts, which an index lists
                 index = get('model.safetensors.index.json')[0]
                 weights = get(*sorted({*map(str, read_json(index)['weight_map'].values())}))
             with contextlib.suppress(EntryNotFoundError):
-                get('tokenizer.json')
+                get(*['tokenizer.json'] * (config.get('model_type') != 'gpt2'))  # those of GPT-2 are all the same
             return weights
         except Exception as error:  # the client raises many kinds, all meaning: not there
             cause = cause or error

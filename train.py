@@ -1,4 +1,4 @@
-"""CoMiGS (arXiv 2409.13931), Algorithm 1: N users fine-tune one frozen GPT-2 together.
+"""CoMiGS (arXiv 2409.13931), Algorithm 1: N users fine-tune one frozen GPT-2 or Llama together.
 
 python data/prepare.py demo                                         # text that every machine has
 python train.py config/demo.py                                      # 4 users, a minute on a laptop
@@ -24,7 +24,8 @@ import federate
 from configurator import configure, die, fit, folder_of
 from data.stream import Texts, read_meta
 from federate import Tensors
-from model import GPT, HUB, GPTConfig, autocast, fast_fp32, fingerprint, load_gpt, store_in_bf16, usable
+from llama import load_base
+from model import GPT, HUB, GPTConfig, autocast, fast_fp32, fingerprint, store_in_bf16, usable
 from run import processes
 from run.adapter import read_files
 from run.fleet import Fleet, public_windows
@@ -86,7 +87,7 @@ def prepare(c: SimpleNamespace, journal: Journal) -> tuple[Fleet, Tensors]:
             read_files(Path(c.init_adapter))
         if c.resume:
             journal.resume(switches)
-        base = load_gpt(c.init_from).to(c.device)
+        base = load_base(c.init_from).to(c.device)
         read_meta(folder, base.config.vocab_size)
         fit(c, N=len(texts.n_train), n_positions=base.config.n_positions)
         c.n_train, c.vocab_size = texts.n_train, base.config.vocab_size

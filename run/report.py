@@ -11,8 +11,9 @@ import torch
 
 from configurator import mean, table, to_json
 from federate import ONE_MODEL, Tensors, truncate
+from llama import load_base
 from lora_moe import ATTENTION_RANK, scaling, shape_of
-from model import autocast, evaluate, load_gpt, perplexity
+from model import autocast, evaluate, perplexity
 from run import checkpoint, processes
 from run.checkpoint import write_atomically
 from run.fleet import Fleet
@@ -37,7 +38,7 @@ def report(c: SimpleNamespace, fleet: Fleet, journal: Journal, server: Tensors) 
     save_adapters(c, fleet, journal, server)
     original = fleet.base  # and the base as it was before training
     if c.aggregate == 'flora':
-        original = load_gpt(c.init_from).to(c.device)
+        original = load_base(c.init_from).to(c.device)
         server = fleet.merge(server)
     for user in users if c.rounds and (fleet.asked or fleet.some) else ():  # once more, after the last aggregation
         user.receive(server, journal.t, fleet.stacks)

@@ -75,10 +75,10 @@ def test_names_of_the_hub_are_downloaded(hub_folder, monkeypatch):
     monkeypatch.setattr(huggingface_hub, 'hf_hub_download', answers)
     repo, url = 'openai-community/gpt2-medium', 'https://huggingface.co/openai-community/gpt2-medium/resolve/main/config.json'
     assert load_gpt('gpt2-medium').config.n_embd == 32
-    assert asked == [url, (repo, 'model.safetensors', False), (repo, 'config.json', False)]
+    assert asked == [url, (repo, 'config.json', False), (repo, 'model.safetensors', False)]
     monkeypatch.setattr(huggingface_hub, 'get_hf_file_metadata', raiser(ConnectionError('no route')))
     assert load_gpt('gpt2-medium').config.n_embd == 32
-    assert asked[3:] == [(repo, 'model.safetensors', True), (repo, 'config.json', True)]
+    assert asked[3:] == [(repo, 'config.json', True), (repo, 'model.safetensors', True)]
     monkeypatch.setattr(huggingface_hub, 'hf_hub_download', raiser(FileNotFoundError('not cached')))
     with pytest.raises(OSError, match='cannot get openai-community/gpt2 .*connect once.*--init_from'):
         load_gpt('gpt2')
