@@ -11,7 +11,6 @@ Shapes: B sequences, T tokens per sequence, C = hidden_size, D = head_dim, H hea
 I = intermediate_size, S tokens before these.
 """
 
-import functools
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -93,7 +92,6 @@ class RMSNorm(nn.Module):
         return Normalise.apply(x.float(), self.weight.float(), self.eps)  # (B, T, C), float32 under autocast, too
 
 
-@functools.lru_cache(maxsize=8)
 def rotations(config: LlamaConfig, S: int, T: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin, (T, D/2) each, of the angles by which positions S, ..., S + T - 1 turn a head's pairs (RoPE, 2104.09864).
 
@@ -180,7 +178,7 @@ class Llama(GPT):
         return self.wte.weight if self.config.tie_word_embeddings else self.lm_head.weight  # (V, C)
 
     def embed(self, idx: torch.Tensor, S: int) -> torch.Tensor:
-        return self.wte(idx)  # (B, T, C); positions enter in attention
+        return self.wte(idx).float()  # (B, T, C), the residual stream; positions enter in attention
 
 
 # ---- a base of either family -----------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """P: the mixture of LoRA experts as most people would write it. A whole MLP for every expert, tokens dispatched by torch.where,
 all logits at once, autograd throughout. tests/test_lora_moe.py compares lora_moe.py with it, tools/bench.py times both.
 
-Shapes as in lora_moe.py: B sequences, T tokens each, N = B*T, C = n_embd, E experts, K active ones, V vocabulary."""
+Shapes as in lora_moe.py: B sequences, T tokens each, N = B*T, C width, H heads of D, E experts, K active ones, V vocabulary."""
 
 import copy
 
@@ -25,14 +25,16 @@ class PlainLinear(nn.Module):
 
 
 class PlainExpert(nn.Module):
-    """A whole MLP with its own copy of the frozen weights."""
+    """A whole MLP with its own copy of the frozen weights: GPT-2's, or a Llama's."""
 
     def __init__(self, moe: LoRAMoE, expert: nn.Module):
         super().__init__()
-        self.c_fc = PlainLinear(copy.deepcopy(moe.c_fc), expert.c_fc)
-        self.c_proj = PlainLinear(copy.deepcopy(moe.c_proj), expert.c_proj)
+        for name, lora in expert.named_children():
+            setattr(self, name, PlainLinear(copy.deepcopy(getattr(moe, name)), lora))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if hasattr(self, 'gate_proj'):
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return self.c_proj(F.gelu(self.c_fc(x), approximate='tanh'))
 
 
@@ -76,25 +78,51 @@ class PlainGPT(nn.Module):
 
     def __init__(self, user: GPT):
         super().__init__()
-        self.n_head, self.wte, self.wpe, self.ln_f = user.config.n_head, user.wte, user.wpe, user.ln_f
+        self.user, self.config, self.ln_f = [user], user.config, plain_norm(user.ln_f)  # a list: its tensors are not P's
         self.h = nn.ModuleList()
         for block in user.h:
             attn = nn.ModuleDict({name: PlainLinear(old.frozen, old.lora) for name, old in block.attn.named_children()})
-            self.h.append(nn.ModuleDict({'ln_1': block.ln_1, 'attn': attn, 'ln_2': block.ln_2, 'mlp': PlainMixture(block.mlp)}))
+            norms = {name: plain_norm(getattr(block, name)) for name in ('ln_1', 'ln_2')}
+            self.h.append(nn.ModuleDict({'attn': attn, 'mlp': PlainMixture(block.mlp), **norms}))
+
+    def attention(self, attn: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        if 'c_attn' in attn:
+            q, k, v = (t.unflatten(-1, (self.config.n_head, -1)).transpose(1, 2) for t in attn.c_attn(x).chunk(3, -1))
+        else:
+            q, k, v = (attn[f'{name}_proj'](x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2) for name in 'qkv')
+            q, k = self.turned(q), self.turned(k)
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))  # (B, H, T, D) each
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)  # (B, T, C)
+        return (attn.c_proj if 'c_attn' in attn else attn.o_proj)(y)
+
+    def turned(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, H, T, D), by RoPE, as transformers writes it."""
+        T, D = x.shape[2:]
+        speed = self.config.rope_theta ** (-torch.arange(0, D, 2, device=x.device) / D)  # (D/2,)
+        angle = (torch.arange(T, device=x.device)[:, None] * speed).repeat(1, 2)  # (T, D)
+        a, b = x.chunk(2, -1)
+        return (x * angle.cos() + torch.cat((-b, a), -1) * angle.sin()).to(x.dtype)
 
     def loss(self, idx: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, list]:
         """As GPT.loss: idx, targets (B, T) -> mean cross-entropy in nats per token, routing of every layer."""
-        x, decided, routing = self.wte(idx) + self.wpe.weight[: idx.shape[1]], None, []
+        x, decided, routing = self.user[0].embed(idx, 0), None, []
         for block in self.h:
-            qkv = block.attn.c_attn(block.ln_1(x)).chunk(3, -1)
-            q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in qkv)  # (B, H, T, C/H) each
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + block.attn.c_proj(y.transpose(1, 2).flatten(2))
+            x = x + self.attention(block.attn, block.ln_1(x))
             y, decided = block.mlp(block.ln_2(x), decided)
             x = x + y
             routing.append(decided)
-        logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, V)
+        logits = F.linear(self.ln_f(x), self.user[0].head_weight)  # (B, T, V)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()), routing
+
+
+def plain_norm(norm: nn.Module) -> nn.Module:
+    """A LayerNorm is one; an RMSNorm becomes torch's, with autograd's derivative."""
+    if isinstance(norm, nn.LayerNorm):
+        return norm
+    plain = nn.RMSNorm(norm.weight.shape, norm.eps).requires_grad_(False)
+    plain.weight = norm.weight
+    return plain
 
 
 def randomised(user: GPT, std: float, router_std: float, seed: int = 0) -> GPT:

@@ -8,16 +8,29 @@ import torch
 import torch.nn.functional as F
 from conftest import relative_error
 
+import llama
+from llama import Llama, LlamaConfig
 from lora_moe import GhostNoise, LoRA, LoRALinear, LoRAMoE, add_lora, initial, load_balance_loss, roles, scaling
 from model import GPT, MLP, GPTConfig, store_in_bf16
 from tests.plain import PlainGPT, PlainMixture, compare, randomised
 
-CONFIG = GPTConfig(vocab_size=50, n_positions=16, n_layer=2, n_head=2, n_embd=16)
+CONFIG = {
+    'gpt2': GPTConfig(vocab_size=50, n_positions=16, n_layer=2, n_head=2, n_embd=16),
+    'llama': LlamaConfig(50, 16, 24, 2, 4, 2, 4, max_position_embeddings=16),  # 4 heads of 4, 2 of keys and values
+}
 
 
-def base_model(config: GPTConfig = CONFIG) -> GPT:
+@pytest.fixture(params=CONFIG)
+def family(request, monkeypatch):
+    """A test that asks for it runs on a base of either family; all others on GPT-2."""
+    monkeypatch.setitem(CONFIG, 'base', CONFIG[request.param])
+    return request.param
+
+
+def base_model(config: GPTConfig | LlamaConfig | None = None) -> GPT:
     torch.manual_seed(0)
-    return GPT(config)
+    config = config or CONFIG.get('base', CONFIG['gpt2'])
+    return Llama(config) if isinstance(config, LlamaConfig) else GPT(config)
 
 
 def user_model(n: int, k: int = 2, n_generalists: int = 1, base: GPT | None = None, **shape) -> GPT:
@@ -51,11 +64,12 @@ def assert_close(ours: dict, plain: dict) -> None:
 @pytest.mark.parametrize('n', [1, 2, 4, 8])
 @pytest.mark.parametrize('k', [1, 2])
 @pytest.mark.parametrize('routed', [True, False])
-def test_cheap_form_equals_a_loop_over_full_mlps(n, k, routed):
+def test_cheap_form_equals_a_loop_over_full_mlps(n, k, routed, family):
     """Output, and the gradient of every tensor and of the input, including experts that get no token."""
     moe = user_model(n, k, routed=routed).h[0].mlp
-    for linear in (moe.c_fc, moe.c_proj):
-        linear.bias.data.normal_()
+    for name, bias in moe.named_parameters():
+        if name.endswith('bias'):
+            bias.data.normal_()
     x, grad_y = torch.randn(2, 9, 16), torch.randn(2, 9, 16)
     x[..., 0] = 1
     if routed and n > 2:
@@ -66,7 +80,7 @@ def test_cheap_form_equals_a_loop_over_full_mlps(n, k, routed):
 
 @pytest.mark.parametrize('unit', ['token', 'prefix', 'sequence'])
 @pytest.mark.parametrize('k', [1, 2])
-def test_a_routing_made_elsewhere(unit, k):
+def test_a_routing_made_elsewhere(unit, k, family):
     """one_routing: a layer without router mixes by the first layer's weights, whose router gets this layer's gradient."""
     first, second = (block.mlp for block in user_model(4, k, routing_unit=unit, one_routing=True).h)
     x, grad_y, results = torch.randn(2, 9, 16), torch.randn(2, 9, 16), []
@@ -79,7 +93,7 @@ def test_a_routing_made_elsewhere(unit, k):
 
 
 @pytest.mark.parametrize('n, k', [(1, 2), (2, 2), (2, 1), (4, 2), (4, 1), (8, 2), (8, 1)])
-def test_a_whole_model_equals_the_plain_one(n, k):
+def test_a_whole_model_equals_the_plain_one(n, k, family):
     """Loss and all gradients: to rounding in float32; with weights and products in bfloat16 their direction (cosine)."""
     idx = torch.randint(50, (2, 17), generator=torch.Generator().manual_seed(1))
     plain, data = PlainGPT(user_model(n, k)), (idx[:, :-1], idx[:, 1:])
@@ -90,10 +104,10 @@ def test_a_whole_model_equals_the_plain_one(n, k):
 
 
 @pytest.mark.parametrize('n', [2, 4])
-def test_compiled_gradients_are_the_same(n):
+def test_compiled_gradients_are_the_same(n, family):
     """A tracer may drop a gradient in silence: that of torch 2.11 did, for an output that was made in place. The backend
     'aot_eager' traces as all do, and needs no compiler."""
-    model, idx = user_model(n).train(), torch.randint(CONFIG.vocab_size, (2, 9))
+    model, idx = user_model(n).train(), torch.randint(50, (2, 9))
     found = []
     for loss in (model.loss, torch.compile(model.loss, backend='aot_eager')):
         model.zero_grad()
@@ -103,22 +117,24 @@ def test_compiled_gradients_are_the_same(n):
 
 
 @pytest.mark.slow
-def test_gpt2_124m_equals_the_plain_one():
-    """At the size that tools/bench.py times: 1e-5 in float32; in bfloat16 every single gradient has a cosine of 0.999."""
-    base = base_model(GPTConfig())
+@pytest.mark.parametrize('size', [GPTConfig(), LlamaConfig()], ids=['gpt2', 'smollm2'])
+def test_a_model_of_real_size_equals_the_plain_one(size):
+    """At the sizes that tools/bench.py times: 1e-5 in float32; in bfloat16 every single gradient has a cosine of 0.995 (of
+    GPT-2 0.9994 on a CPU without AMX, 0.9986 with it)."""
+    base = base_model(size)
     low = copy.deepcopy(base)
     store_in_bf16(low)
-    idx = torch.randint(50257, (1, 33), generator=torch.Generator().manual_seed(1))
+    idx = torch.randint(size.vocab_size, (1, 33), generator=torch.Generator().manual_seed(1))
     ours, rounded = (
         randomised(add_lora(gpt, n_experts=2, n_generalists=1, rank=8), std=0.02, router_std=0.02) for gpt in (base, low)
     )
     plain, data = PlainGPT(ours), (idx[:, :-1], idx[:, 1:])
     assert compare(ours, plain, data)['worst'] < 1e-5
-    assert compare(rounded, plain, data, ('bfloat16', 'float32'))['cosine'] > 0.999
+    assert compare(rounded, plain, data, ('bfloat16', 'float32'))['cosine'] > 0.995
 
 
 @pytest.mark.parametrize('k', [1, 2])
-def test_an_expert_that_no_token_chose_may_hold_anything(k):
+def test_an_expert_that_no_token_chose_may_hold_anything(k, family):
     """0 * NaN is NaN: the masks alone would let it through to every token, and into every gradient."""
     moe = user_model(4, k).h[0].mlp
     never_chosen(moe)
@@ -141,7 +157,7 @@ def test_a_wrong_gradient_or_nan_does_not_pass_for_plain():
 
 @pytest.mark.parametrize('n, k', [(2, 2), (4, 2), (8, 1), (2, 1)])
 @pytest.mark.parametrize('case', ['router alone', 'B alone', 'nothing'])
-def test_gradients_of_what_is_trained_only(n, k, case):
+def test_gradients_of_what_is_trained_only(n, k, case, family):
     """The written-out derivative gives the tensors that ask for it the gradients they have when all ask, and no others any."""
     moe, x, grad_y = user_model(n, k).h[0].mlp, torch.randn(2, 9, 16), torch.randn(2, 9, 16)
     everything = gradients(moe, x, grad_y)
@@ -158,8 +174,8 @@ def test_gradients_of_what_is_trained_only(n, k, case):
 # ---- the mixture ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize('n', [1, 2, 4, 8])
 @pytest.mark.parametrize('routed', [True, False])
-def test_untrained_user_equals_the_base(n, routed):
-    """Invariant 1: B = 0 and weights that sum to one leave GPT-2's logits as they are."""
+def test_untrained_user_equals_the_base(n, routed, family):
+    """Invariant 1: B = 0 and weights that sum to one leave the base's logits as they are."""
     model, base = user_model(n, routed=routed), base_model()
     for name, p in model.named_parameters():
         if name.endswith('.B'):
@@ -181,7 +197,7 @@ def test_routing_weights(n, k):
     assert torch.allclose(routing.weights.sum(-1), expected)
 
 
-def test_permuting_experts_with_their_router_rows_changes_nothing():
+def test_permuting_experts_with_their_router_rows_changes_nothing(family):
     moe, x = user_model(4, n_generalists=0).h[0].mlp, torch.randn(2, 9, 16)
     before, order = moe(x)[0], [2, 0, 3, 1]
     moe.specialists = torch.nn.ModuleList([moe.specialists[j] for j in order])
@@ -189,7 +205,7 @@ def test_permuting_experts_with_their_router_rows_changes_nothing():
     assert relative_error(moe(x)[0], before) < 1e-6
 
 
-def test_only_chosen_experts_count():
+def test_only_chosen_experts_count(family):
     """Whatever is in an expert that no token chooses, output and gradients are the same to the bit. Its own gradient is zero,
     not None (invariant 9), so AdamW's weight decay moves it, as in the authors' code."""
     results = []
@@ -212,7 +228,7 @@ def test_only_chosen_experts_count():
 
 
 @pytest.mark.parametrize('n, unit', [(1, 'token'), (2, 'token'), (4, 'token'), (4, 'prefix'), (4, 'sequence')])
-def test_causality_with_routing(n, unit):
+def test_causality_with_routing(n, unit, family):
     """A token's logits, routing included, do not depend on later tokens; unless the whole window decides."""
     model, idx = user_model(n, routing_unit=unit), torch.randint(50, (2, 16))
     other = idx.clone()
@@ -222,7 +238,7 @@ def test_causality_with_routing(n, unit):
     assert moved > 1e-3 if unit == 'sequence' else moved < 1e-6
 
 
-def test_roles_and_frozen_tensors():
+def test_roles_and_frozen_tensors(family):
     """Every trainable tensor has one role, which its name tells; all others are the base's, the same objects, frozen."""
     base = base_model()
     frozen = {id(p) for p in base.parameters()}
@@ -234,9 +250,10 @@ def test_roles_and_frozen_tensors():
         assert {id(p) for name, p in model.named_parameters() if name not in role} == frozen
         for name, r in role.items():
             assert [said[part] for part in name.split('.') if part in said] == [r]
-        counts = [sum(r == kind for r in role.values()) for kind in said.values()]  # 2 layers, A and B of 2 LoRAs; routers
-        assert counts == [2 * 4, 2 * 4 * n_generalists, 2 * 4 * (n - n_generalists), 2 * (n > 1)]  # invariant 10
-    assert isinstance(base.h[0].mlp, MLP) and not any(p.requires_grad for p in base.parameters())
+        counts = [sum(r == kind for r in role.values()) for kind in said.values()]  # 2 layers, A and B of the LoRAs; routers
+        attn, mlp = (4, 4) if family == 'gpt2' else (8, 6)  # c_attn c_proj; c_fc c_proj, or q k v o; gate up down
+        assert counts == [2 * attn, 2 * mlp * n_generalists, 2 * mlp * (n - n_generalists), 2 * (n > 1)]  # invariant 10
+    assert isinstance(base.h[0].mlp, MLP | llama.MLP) and not any(p.requires_grad for p in base.parameters())
 
 
 def test_a_user_adds_only_its_own_tensors():
@@ -292,7 +309,7 @@ def test_impossible_mixtures_are_refused():
 
 
 @pytest.mark.parametrize('n, k', [(1, 2), (2, 2), (4, 1), (8, 2)])
-def test_weights_kept_in_bf16_give_what_autocast_would(n, k):
+def test_weights_kept_in_bf16_give_what_autocast_would(n, k, family):
     """Against autocast over float32 weights the products are the same to the bit; only the embedding is rounded, which here
     is not: its values are made to be bfloat16's. The user's own tensors, LayerNorms, positions and the routing stay float32."""
     idx, results = torch.randint(50, (4, 16)), []
