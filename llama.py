@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import model
-from model import GPT, as_config, attend, filled, gpt_of, hold_to, read_base, without_copy
+from model import GPT, Embedding, as_config, attend, filled, gpt_of, hold_to, read_base, without_copy
 
 HUB = {
     **model.HUB,
@@ -166,7 +166,7 @@ class Llama(GPT):
     def __init__(self, config: LlamaConfig):
         nn.Module.__init__(self)
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.wte = Embedding(config.vocab_size, config.hidden_size)
         self.h = nn.ModuleList([Block(config) for _ in range(config.num_hidden_layers)])
         self.ln_f = RMSNorm(config)
         if not config.tie_word_embeddings:

@@ -152,6 +152,12 @@ class Block(nn.Module):
         return x + y, routing
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # where a weight is read next, and torch would import sympy to draw one: a second
+            super().reset_parameters()
+
+
 class GPT(nn.Module):
     described_by = 'gpt_config'  # in the metadata of save_gpt
     tokenizer = None  # tokenizer.json beside the base, where that tells which text it reads (llama.py)
@@ -159,8 +165,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output head, transposed
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.wte = Embedding(config.vocab_size, config.n_embd)  # also the output head, transposed
+        self.wpe = Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.initialise(('attn.c_proj', 'mlp.c_proj'))
@@ -168,6 +174,8 @@ class GPT(nn.Module):
     def initialise(self, residual: tuple[str, ...]) -> None:
         """GPT-2's initialisation. residual: the projections into the residual stream, which are scaled by depth."""
         for name, p in self.named_parameters():
+            if p.is_meta:
+                break
             if name.endswith('bias'):
                 nn.init.zeros_(p)
             elif 'ln_' not in name:
@@ -360,7 +368,7 @@ def filled(kind: type, config: object, tensors: dict, source: str) -> GPT:
             f'expected {expected.get(wrong[0], "nothing")}, found {given.get(wrong[0], "nothing")}'
         )
     for name, t in tensors.items():
-        if not t.is_floating_point() or not t.float().isfinite().all():
+        if not t.is_floating_point() or not torch.stack(t.float().aminmax()).isfinite().all():  # min and max of NaN are NaN
             raise ValueError(f'{source}: {name} ({t.dtype}) must be of floating point, and all finite in float32')
     model.load_state_dict({name: t.float().contiguous() for name, t in tensors.items()}, assign=True)
     return model
