@@ -145,6 +145,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    tokenizer = None  # tokenizer.json beside the base, where that tells which text it reads (llama.py)
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
