@@ -238,7 +238,7 @@ def fill(
         for batch in batches(missing, shorten, seen, copies):
             for (category, text), ids in zip(batch, encode_all(enc, [separator + text for _, text in batch])):
                 if isinstance(enc, Tokenizer):
-                    said, again = (separator + text).encode(), enc.decode_bytes(ids)
+                    said, again = (separator + text).encode(), enc.decode_bytes(ids[ids != enc.unk_token])
                     n_other, n_lost = n_other + (again != said), n_lost + max(0, len(said) - len(again))
                 pools[category].extend((spool.tell(), len(ids)))
                 spool.write(ids)
@@ -256,8 +256,8 @@ def fill(
     if n_cut:
         print(f'{n_cut} documents longer than {max_chars:,} characters were cut there (--max_chars)')
     if n_other:
-        why = f'{n_lost:,} bytes fewer: it has no token for them, or normalises them'
-        print(f'{n_other:,} documents are not word for word in the tokens of {enc.name} ({why})')
+        why = f'it has no token for some characters, or changes them ({n_lost:,} bytes fewer)'
+        print(f'{enc.name} cannot say {n_other:,} documents word for word: {why}')
     return [np.array(pool).reshape(-1, 2) for pool in pools], ', '.join(supply)
 
 

@@ -46,7 +46,8 @@ class Tokenizer:
     token is added (those written in a text are text), no space before the first word, nothing cut or padded.
 
     .name, .raw: the file's bytes, .sha256 of them, .n_vocab: the largest id + 1, .eot_token and .start_token: what ends a
-    document and what begins one, or None, .content: all that decides which tokens a text becomes.
+    document and what begins one, or None, .unk_token: what
+    stands for a character without a token; None: it is lost.
     Raises ValueError or OSError, in one line, for a file that is none, or of which a token is not known as bytes."""
 
     def __init__(self, file: Path, name: str | None = None):
@@ -65,8 +66,8 @@ class Tokenizer:
                 part |= {'prepend': ''} if part.get('type') == 'Prepend' else {}
             self.rust = tokenizers.Tokenizer.from_str(json.dumps(found))
             self.rust.encode_special_tokens = True
-            self.content, vocabulary = json.loads(self.rust.to_str()), self.rust.get_vocab()
-            added, self.n_vocab = self.rust.get_added_tokens_decoder(), max(vocabulary.values()) + 1
+            vocabulary, added = self.rust.get_vocab(), self.rust.get_added_tokens_decoder()
+            self.n_vocab = max(vocabulary.values()) + 1
             kinds = {part.get('type') for part in parts + parts_of(found.get('decoder'))}
         except BaseException as error:  # Rust's panics are no Exceptions
             if isinstance(error, KeyboardInterrupt):
@@ -74,8 +75,9 @@ class Tokenizer:
             why = f'{type(error).__name__}: {" ".join(str(error).split())[:150]}'
             raise ValueError(f'{file} cannot be read as a tokenizer.json ({why}): copy or download it again') from None
         if not kinds & {'ByteLevel', 'Metaspace', 'ByteFallback'} or self.n_vocab > 2**24:
-            kind = f'{self.content["model"]["type"]} of {self.n_vocab:,} ids'
-            raise ValueError(f'{file} ({kind}): expected byte-level BPE, or SentencePiece with ▁ for a space')
+            raise ValueError(
+                f'{file} ({parts[0].get("type")} of {self.n_vocab:,} ids): expected byte-level BPE, or SentencePiece with ▁ for a space'
+            )
         self.bytes = [b'\xff'] * self.n_vocab  # no UTF-8: of an id that is nobody's
         table = byte_table()
         for token, i in vocabulary.items():
@@ -88,6 +90,7 @@ class Tokenizer:
                 self.bytes[i] = bytes([int(token[3:5], 16)])
             else:
                 self.bytes[i] = token.replace('▁', ' ').encode()
+        self.unk_token = parts[0].get('unk_id', vocabulary.get(parts[0].get('unk_token')))
         first = [next((vocabulary[token] for token in some if token in vocabulary), None) for some in (ENDS, STARTS)]
         self.eot_token, self.start_token = first[0], first[0] if first[1] is None else first[1]
 
@@ -236,7 +239,7 @@ def same_tokenizer(folder: Path, meta: dict, tokenizer: Path) -> bool:
         return False
     if hashlib.sha256(tokenizer.read_bytes()).hexdigest() == meta['tokenizer_sha256']:
         return True
-    ours, theirs = tokenizer_of(folder, meta).content, Tokenizer(tokenizer).content
+    ours, theirs = (json.loads(enc.rust.to_str()) for enc in (tokenizer_of(folder, meta), Tokenizer(tokenizer)))
     return all(ours[key] == theirs[key] for key in ('model', 'normalizer', 'pre_tokenizer', 'added_tokens'))
 
 
