@@ -75,9 +75,8 @@ class Tokenizer:
             why = f'{type(error).__name__}: {" ".join(str(error).split())[:150]}'
             raise ValueError(f'{file} cannot be read as a tokenizer.json ({why}): copy or download it again') from None
         if not kinds & {'ByteLevel', 'Metaspace', 'ByteFallback'} or self.n_vocab > 2**24:
-            raise ValueError(
-                f'{file} ({parts[0].get("type")} of {self.n_vocab:,} ids): expected byte-level BPE, or SentencePiece with ▁ for a space'
-            )
+            kind = f'{parts[0].get("type")}, ids below {self.n_vocab:,}'
+            raise ValueError(f'{file} ({kind}): expected byte-level BPE, or SentencePiece with ▁ for a space')
         self.bytes = [b'\xff'] * self.n_vocab  # no UTF-8: of an id that is nobody's
         table = byte_table()
         for token, i in vocabulary.items():

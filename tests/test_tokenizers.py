@@ -123,7 +123,7 @@ def test_no_tokenizer(content, tmp_path):
 
 
 def test_words_as_tokens_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r'WordLevel of 2 ids\): expected byte-level BPE'):
+    with pytest.raises(ValueError, match=r'WordLevel, ids below 2\): expected byte-level BPE'):
         written(tmp_path / 't.json', Theirs(models.WordLevel({'a': 0, 'b': 1}, unk_token='a')))
 
 

@@ -173,8 +173,8 @@ def main(argv: list[str]) -> None:
     try:
         check_routers(args.run, read_run(args.run, [])[0])
         run = open_run(args.run, args.init_from, args.device)
-        base = run.base
-        data = Texts(folder_of(run.c.dataset), run.c.block_size, base.config.vocab_size, tokenizer=base.tokenizer)  # their own
+        c, base = run.c, run.base
+        data = Texts(folder_of(c.dataset), c.block_size, base.config.vocab_size, tokenizer=base.tokenizer)  # everybody's own
         enc = tokenizer_of(data.folder, data.meta)
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         die(error)

@@ -84,7 +84,7 @@ def vocabulary_of(base: GPT, dataset: Path | None) -> Encoding:
     if base.tokenizer:
         return Tokenizer(base.tokenizer)
     if dataset and (dataset / TOKENIZER).is_file():
-        return tokenizer_of(dataset, read_meta(dataset))
+        return tokenizer_of(dataset, read_meta(dataset, base.config.vocab_size))
     V = base.config.vocab_size
     for name, n in VOCABULARIES.items():
         if 0 <= V - n < 128:  # bases pad their vocabulary, e.g. 50257 -> 50304
@@ -94,7 +94,7 @@ def vocabulary_of(base: GPT, dataset: Path | None) -> Encoding:
 
 def read_prompt(prompt: str, enc: Encoding, n_positions: int) -> tuple[str, list[int]]:
     """(text, tokens) of a prompt, or of a file if it reads FILE:path: the last n_positions tokens. An empty one is the start
-    of a document: what follows end-of-text for GPT-2; what follows a newline for bytes, where no such token separates them."""
+    of a document: what follows the token that begins one, GPT-2's end-of-text; a newline for bytes, which has none."""
     file = home(prompt[5:]) if prompt.startswith('FILE:') else None
     ids = enc.encode_ordinary(prompt) if file is None else load_text(file, enc).tolist()
     if len(ids) > n_positions:
