@@ -118,7 +118,8 @@ def rebuild(base: GPT, shape: dict, tensors: Tensors) -> GPT:
 
 def texts(opened: SimpleNamespace, target: str) -> list[dict]:
     """The streams of the users whose text the run is tested on."""
-    data = Texts(folder_of(opened.c.dataset), opened.c.block_size, opened.base.config.vocab_size, target)
+    c, base = opened.c, opened.base
+    data = Texts(folder_of(c.dataset), c.block_size, base.config.vocab_size, target, tokenizer=base.tokenizer)
     return [data.of(i) for i in opened.ids]
 
 

@@ -2,7 +2,8 @@
 
 Documents are stripped, exact duplicates are dropped, and every document goes to one split of one user. Then each split is
 written as one stream of tokens, its documents joined by the data set's separator without an end-of-text token:
-OUT_ROOT/NAME/user{i}_{train,valid,test}.bin and meta.json, which data/stream.py reads.
+OUT_ROOT/NAME/user{i}_{train,valid,test}.bin and meta.json, which data/stream.py reads. --tokenizer=PATH or OWNER/NAME gives
+the tokens of another base, by its tokenizer.json, and puts a copy of that beside them.
 
 agnews        one category per user; valid and test: a random partition of the test rows over users (tomorrow's news)
 multilingual  Wikipedia in one language per user: de, nl, fr, it
@@ -20,6 +21,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -28,14 +30,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from tiktoken import Encoding
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import die, parser, table
 from data import sources
 from data.sources import MANY, printable
-from data.stream import SPLITS, clean, encoding, own_files, write_streams
+from data.stream import SPLITS, TOKENIZER, VOCABULARIES, Encoding, Tokenizer, clean, encoding, own_files, write_streams
 
 BASE_TOKENS = 80_000_000  # English Wikipedia to take from the Hub for base; everything when it comes from --source
 BATCH_CHARS = 1_000_000  # text that is tokenised at once
@@ -129,7 +130,44 @@ def without_crumbs(asked: dict, shares: dict, n_documents: list[int]) -> dict[st
 
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------
+def open_tokenizer(given: str) -> Encoding:
+    """gpt2, bytes, a tokenizer.json, a folder that holds one, or OWNER/NAME of the Hub. Raises ValueError or OSError."""
+    path = Path(given)
+    if given in VOCABULARIES:
+        return encoding(given)
+    if path.is_dir() and not (path / TOKENIZER).is_file():
+        raise ValueError(f'--tokenizer={given} is a folder without a {TOKENIZER}')
+    if path.exists():
+        return Tokenizer(path / TOKENIZER if path.is_dir() else path)
+    if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', given):
+        expected = f'{", ".join(VOCABULARIES)}, a {TOKENIZER}, a folder that holds one, or OWNER/NAME of the Hugging Face Hub'
+        raise ValueError(f'--tokenizer={given} does not exist: expected {expected}')
+    return Tokenizer(download(given), given)
+
+
+def download(repo: str) -> Path:
+    """tokenizer.json of a Hub repository, from its cache if it cannot be reached. Raises OSError."""
+    import huggingface_hub as hub
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
+    warnings.filterwarnings('ignore', module='huggingface_hub')
+    cause = None
+    for cached in (False, True):
+        try:
+            if not cached:
+                hub.get_hf_file_metadata(hub.hf_hub_url(repo, TOKENIZER))  # asks once; a download tries for half a minute
+            return Path(hub.hf_hub_download(repo, TOKENIZER, local_files_only=cached))
+        except Exception as error:  # the client raises many kinds, all meaning: not there
+            cause = cause or error
+    why = getattr(getattr(cause, 'response', None), 'status_code', None) or type(cause).__name__
+    fix = 'connect once without HF_HUB_OFFLINE, check the name and HF_TOKEN (`hf auth login`)'
+    raise OSError(f'cannot get {TOKENIZER} of {repo} from the Hugging Face Hub ({why}): {fix}, or give its path as --tokenizer')
+
+
 def encode(enc: Encoding, text: str) -> np.ndarray:
+    if isinstance(enc, Tokenizer):
+        return encode_all(enc, [text])[0]
     if enc.name == 'bytes':
         return np.frombuffer(text.encode(), np.uint8).astype('<u2')
     return enc.encode_to_numpy(text, disallowed_special=()).astype('<u4' if enc.n_vocab > 2**16 else '<u2')
@@ -137,6 +175,8 @@ def encode(enc: Encoding, text: str) -> np.ndarray:
 
 def encode_all(enc: Encoding, texts: list[str]) -> list[np.ndarray]:
     """Over all cores: tiktoken works outside Python's lock. Every n-th text is one task: short ones are not worth their own."""
+    if isinstance(enc, Tokenizer):
+        return [np.array(ids, '<u4' if enc.n_vocab > 2**16 else '<u2') for ids in enc.encode_batch(texts)]
     n, tokens = min(8, os.cpu_count()), [None] * len(texts)
     with ThreadPoolExecutor(n) as threads:
         for i, some in enumerate(threads.map(lambda i: [encode(enc, text) for text in texts[i::n]], range(n))):
@@ -180,6 +220,7 @@ def fill(
     need = [sum(want for _, _, want, _ in some) for some in wants]  # inf where somebody takes a fraction
     pools = [array('q') for _ in names]
     tokens, longest, seen, copies, n_cut = [0] * len(need), [0] * len(need), {}, Counter(), 0
+    n_other = n_lost = 0
 
     def enough(category: int) -> bool:  # every split may waste the rest of a document
         return tokens[category] >= need[category] + len(wants[category]) * longest[category]
@@ -195,7 +236,10 @@ def fill(
         documents = tqdm(documents, desc=label, unit=' documents', disable=None)
         missing = ((category, text) for category, text in documents if not enough(category))
         for batch in batches(missing, shorten, seen, copies):
-            for (category, _), ids in zip(batch, encode_all(enc, [separator + text for _, text in batch])):
+            for (category, text), ids in zip(batch, encode_all(enc, [separator + text for _, text in batch])):
+                if isinstance(enc, Tokenizer):
+                    said, again = (separator + text).encode(), enc.decode_bytes(ids[ids != enc.unk_token])
+                    n_other, n_lost = n_other + (again != said), n_lost + max(0, len(said) - len(again))
                 pools[category].extend((spool.tell(), len(ids)))
                 spool.write(ids)
                 tokens[category] += len(ids)
@@ -211,6 +255,9 @@ def fill(
         supply.append(f'{name}: {tokens[i]:,} tokens in {len(pools[i]) // 2:,} documents{f", beside {same}" if n else ""}')
     if n_cut:
         print(f'{n_cut} documents longer than {max_chars:,} characters were cut there (--max_chars)')
+    if n_other:
+        why = f'it has no token for some characters, or changes them ({n_lost:,} bytes fewer)'
+        print(f'{enc.name} cannot say {n_other:,} documents word for word: {why}')
     return [np.array(pool).reshape(-1, 2) for pool in pools], ', '.join(supply)
 
 
@@ -307,7 +354,8 @@ def check(options: dict) -> Path:
 
 def prepare(options: dict) -> dict:
     """Prepare one data set, print a report, return meta.json. Raises ValueError or OSError with a one-line message."""
-    folder, enc, alpha = check(options), encoding(options['tokenizer']), options['alpha']
+    folder, enc, alpha = check(options), open_tokenizer(options['tokenizer']), options['alpha']
+    options = options | {'tokenizer': printable(enc.name)}
     chosen, separator = SETS[options['set']], SETS[options['set']]['separator']
     wishes = [sizes(options, options['users'] or 4)] if options['set'] == 'demo' else []  # installed text is cut to measure
     categories, streams, where = chosen['open'](options, *wishes)
@@ -337,7 +385,8 @@ def prepare(options: dict) -> dict:
             {split: documents_in(spool, parts[i, split], asked[split][i], enc, separator) for split in SPLITS} for i in users
         )
         n_bytes = np.array([len(enc.decode_single_token_bytes(i)) for i in range(enc.n_vocab)], np.uint16)
-        meta = write_streams(folder, names, streams, enc.n_vocab, meta, n_bytes)
+        copied = enc if isinstance(enc, Tokenizer) else None
+        meta = write_streams(folder, names, streams, enc.n_vocab, meta, n_bytes, copied)
     report(meta, asked, chosen['tokens'] if options['set'] in sources.CATEGORIES and alpha is None else None, supply)
     print(f'wrote {printable(folder)}')
     return meta
@@ -350,7 +399,8 @@ def main(argv: list[str]) -> None:
     columns = 'train.*, test.* (agnews), de.*, ... (multilingual), train.* (slimpajama); .jsonl, .jsonl.gz, .csv, .parquet'
     path = {'type': os.path.expanduser}  # a shell leaves the ~ of --source=~/x as it is
     add('--source', metavar='PATH', **path, help=f"local file or folder with the Hub's columns, instead of the Hub: {columns}")
-    add('--tokenizer', choices=('gpt2', 'bytes'), help='default gpt2; bytes in demo and base')
+    kinds = 'default gpt2; bytes in demo and base; or of another base: tokenizer.json, its folder, or OWNER/NAME of the Hub'
+    add('--tokenizer', metavar='NAME', help=kinds, **path)
     add('--name', help='folder name, default NAME')
     add('--out_root', default=str(Path(__file__).resolve().parent), help='where the folder goes, default data/', **path)
     add('--seed', type=int, default=42)

@@ -1,7 +1,8 @@
 """Token streams: the tokenizers, and reading what data/prepare.py wrote.
 
-A data set is a folder data/NAME with user{i}_{train,valid,test}.bin (flat little-endian uint16 or uint32 tokens) and
-meta.json. A split is one stream of tokens; a batch is windows of it (nanoGPT's layout)."""
+A data set is a folder data/NAME with user{i}_{train,valid,test}.bin (flat little-endian uint16 or uint32 tokens), meta.json
+and, where the tokens are another base's, a copy of its tokenizer.json. A split is one stream of tokens; a batch is windows of
+it (nanoGPT's layout)."""
 
 import hashlib
 import json
@@ -17,6 +18,10 @@ import torch
 
 SPLITS = ('train', 'valid', 'test')
 VOCABULARIES = {'bytes': 257, 'gpt2': 50257}  # tokens of each tokenizer
+TOKENIZER = 'tokenizer.json'
+# what ends and what begins a document, of the bases that people use
+ENDS = ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>', '<｜end▁of▁sentence｜>')
+STARTS = ('<|begin_of_text|>', '<s>', '<bos>', '<｜begin▁of▁sentence｜>')
 
 
 def encoding(name: str) -> tiktoken.Encoding:
@@ -36,6 +41,114 @@ def encoding(name: str) -> tiktoken.Encoding:
         raise OSError(f'{why}: {fix}') from None
 
 
+class Tokenizer:
+    """A tokenizer.json of the Hub, with what is used of a tiktoken.Encoding. Tokens say the text and nothing else: no special
+    token is added (those written in a text are text), no space before the first word, nothing cut or padded.
+
+    .name, .raw: the file's bytes, .sha256 of them, .n_vocab: the largest id + 1, .eot_token and .start_token: what ends a
+    document and what begins one, or None, .unk_token: what
+    stands for a character without a token; None: it is lost.
+    Raises ValueError or OSError, in one line, for a file that is none, or of which a token is not known as bytes."""
+
+    def __init__(self, file: Path, name: str | None = None):
+        import tokenizers
+
+        self.raw, self.name = file.read_bytes(), name or f'{Path(os.path.abspath(file)).parent.name}/{file.name}'
+        self.sha256 = hashlib.sha256(self.raw).hexdigest()
+        try:
+            found = json.loads(self.raw)
+            found |= dict.fromkeys(('truncation', 'padding', 'post_processor'))
+            parts = [found['model'], *parts_of(found.get('normalizer')), *parts_of(found.get('pre_tokenizer'))]
+            for part in parts:
+                part |= {'dropout': None} if 'dropout' in part else {}
+                part |= {'add_prefix_space': False} if part.get('type') in ('ByteLevel', 'Metaspace') else {}
+                part |= {'prepend_scheme': 'never'} if part.get('type') == 'Metaspace' else {}
+                part |= {'prepend': ''} if part.get('type') == 'Prepend' else {}
+            self.rust = tokenizers.Tokenizer.from_str(json.dumps(found))
+            self.rust.encode_special_tokens = True
+            vocabulary, added = self.rust.get_vocab(), self.rust.get_added_tokens_decoder()
+            self.n_vocab = max(vocabulary.values()) + 1
+            kinds = {part.get('type') for part in parts + parts_of(found.get('decoder'))}
+        except BaseException as error:  # Rust's panics are no Exceptions
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            why = f'{type(error).__name__}: {" ".join(str(error).split())[:150]}'
+            raise ValueError(f'{file} cannot be read as a tokenizer.json ({why}): copy or download it again') from None
+        if not kinds & {'ByteLevel', 'Metaspace', 'ByteFallback'} or self.n_vocab > 2**24:
+            kind = f'{parts[0].get("type")}, ids below {self.n_vocab:,}'
+            raise ValueError(f'{file} ({kind}): expected byte-level BPE, or SentencePiece with ▁ for a space')
+        self.bytes = [b'\xff'] * self.n_vocab  # no UTF-8: of an id that is nobody's
+        table = byte_table()
+        for token, i in vocabulary.items():
+            literal = i in added and (added[i].special or 'ByteLevel' in kinds)
+            if literal or ('ByteLevel' in kinds and not table.keys() >= set(token)):
+                self.bytes[i] = token.encode()
+            elif 'ByteLevel' in kinds:
+                self.bytes[i] = bytes(map(table.get, token))
+            elif 'ByteFallback' in kinds and re.fullmatch('<0x[0-9A-F]{2}>', token):
+                self.bytes[i] = bytes([int(token[3:5], 16)])
+            else:
+                self.bytes[i] = token.replace('▁', ' ').encode()
+        self.unk_token = parts[0].get('unk_id', vocabulary.get(parts[0].get('unk_token')))
+        first = [next((vocabulary[token] for token in some if token in vocabulary), None) for some in (ENDS, STARTS)]
+        self.eot_token, self.start_token = first[0], first[0] if first[1] is None else first[1]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Over all cores. Memory: some 150 times the text. Raises ValueError for a text that cannot be said in tokens."""
+        texts = [text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') for text in texts]
+        try:
+            return [found.ids for found in self.rust.encode_batch_fast(texts, add_special_tokens=False)]
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            raise ValueError(f'{self.name} cannot encode a text: {" ".join(str(error).split())[:150]}') from None
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def decode_single_token_bytes(self, token: int) -> bytes:
+        return self.bytes[token]
+
+    def decode_bytes(self, tokens: Iterable[int]) -> bytes:
+        return b''.join(self.bytes[token] for token in tokens)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return self.decode_bytes(tokens).decode(errors='replace')
+
+
+Encoding = tiktoken.Encoding | Tokenizer
+
+
+def parts_of(part: dict | None) -> list[dict]:
+    """A normalizer, pre-tokenizer or decoder of a tokenizer.json, and those that it is a sequence of."""
+    steps = [step for key in ('normalizers', 'pretokenizers', 'decoders') for step in (part or {}).get(key, ())]
+    return [*[part] * (part is not None), *(each for step in steps for each in parts_of(step))]
+
+
+def byte_table() -> dict[str, int]:
+    """{character: byte} of byte-level tokens, as GPT-2 writes them: printable ones as themselves, others from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def tokenizer_of(folder: Path, meta: dict) -> Encoding:
+    """A data set's tokenizer. Raises as `encoding` and `Tokenizer`, and ValueError if its copy of a tokenizer.json is not the
+    one that meta.json describes."""
+    if meta.get('tokenizer_sha256') is None:
+        return encoding(meta['tokenizer'])
+    check_tokenizer(folder, meta)
+    return Tokenizer(folder / TOKENIZER, meta['tokenizer'])
+
+
+def check_tokenizer(folder: Path, meta: dict) -> None:
+    """Raises ValueError unless a data set's tokenizer.json, if it has one, is there as it was prepared."""
+    file, sha256 = folder / TOKENIZER, meta.get('tokenizer_sha256')
+    if sha256 is not None and not (file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == sha256):
+        why = 'is not the file that meta.json describes (SHA-256 differs)' if file.is_file() else 'is missing'
+        raise ValueError(f'{file} {why}: prepare the data set again')
+
+
 def clean(text: str) -> str:
     """Text that enters, from wherever: without a byte order mark, and every line end is a line feed."""
     return text.removeprefix('\ufeff').replace('\r\n', '\n').replace('\r', '\n')
@@ -52,8 +165,17 @@ class Texts:
 
     Raises ValueError, in one line, for anything missing, truncated, altered, too short or outside the vocabulary."""
 
-    def __init__(self, folder: str | Path, block_size: int, vocab_size: int | None, target: str = 'own', pooled: bool = False):
-        self.folder, self.meta, self.pooled = Path(folder), read_meta(Path(folder), vocab_size), pooled
+    def __init__(
+        self,
+        folder: str | Path,
+        block_size: int,
+        vocab_size: int | None,
+        target: str = 'own',
+        pooled: bool = False,
+        tokenizer: Path | None = None,
+    ):
+        self.folder, self.meta, self.pooled = Path(folder), read_meta(Path(folder), vocab_size, tokenizer), pooled
+        check_tokenizer(self.folder, self.meta)
         users, known, self.overlap, streams = self.meta['users'], self.meta.get('overlap'), [], []
         self.names = [user['name'] for user in users]
         self.n_train = [1] if pooled else [user['tokens']['train'] for user in users]
@@ -76,8 +198,9 @@ class Texts:
         return self.streams[i] if self.streams else load_user(self.folder, self.meta, i)
 
 
-def read_meta(folder: Path, vocab_size: int | None = None) -> dict:
-    """meta.json of a data set. Raises ValueError if it is not one, or not for a base of vocab_size tokens, if given."""
+def read_meta(folder: Path, vocab_size: int | None = None, tokenizer: Path | None = None) -> dict:
+    """meta.json of a data set. Raises ValueError if it is not one, or not for a base of vocab_size tokens that reads text by
+    the file `tokenizer`, if given."""
     try:
         meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
         if meta['dtype'] not in ('<u2', '<u4') or not meta['users'] or type(meta['vocab_size']) is not int:
@@ -86,19 +209,37 @@ def read_meta(folder: Path, vocab_size: int | None = None) -> dict:
             if {type(user['tokens'][split]) for split in SPLITS} != {int} or type(user['name']) is not str:
                 raise ValueError('a user needs a name, and the number of its tokens of each split')
             meta['tokenizer'], [user['sha256'][split] for split in SPLITS]
+        if type(meta.get('tokenizer_sha256', '')) is not str:
+            raise ValueError('tokenizer_sha256 must be the one of tokenizer.json, or absent')
         if 'overlap' in meta and [type(share) for share in meta['overlap']] != [float] * len(meta['users']):
             raise ValueError('overlap needs a number for every user')
     except FileNotFoundError:
         raise ValueError(f'no data set at {folder} (no meta.json): data/prepare.py makes it, see the README') from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{folder}/meta.json cannot be read ({type(error).__name__}: {error}): prepare it again') from None
-    if vocab_size is not None and not 0 <= vocab_size - meta['vocab_size'] < 128:  # bases pad theirs, e.g. 50257 -> 50304
+    if tokenizer is not None and not same_tokenizer(folder, meta, tokenizer):
+        raise ValueError(
+            f'{folder} has tokens of {meta["tokenizer"]}, but the base reads those of {tokenizer}, which are others: '
+            f'prepare with --tokenizer={tokenizer}, or choose a base of {meta["tokenizer"]} tokens with --init_from'
+        )
+    padding = 128 if tokenizer is None else np.inf  # bases pad theirs, e.g. 50257 -> 50304
+    if vocab_size is not None and not 0 <= vocab_size - meta['vocab_size'] < padding:
         fix = ''.join(f'prepare with --tokenizer={t}, or ' for t, n in VOCABULARIES.items() if 0 <= vocab_size - n < 128)
         raise ValueError(
             f'{folder} has a vocabulary of {meta["vocab_size"]} tokens ({meta["tokenizer"]}), but the base model has '
             f'{vocab_size}: {fix or "no tokenizer here fits it, "}choose a base of {meta["vocab_size"]} tokens with --init_from'
         )
     return meta
+
+
+def same_tokenizer(folder: Path, meta: dict, tokenizer: Path) -> bool:
+    """Whether that tokenizer.json makes the tokens of a data set: it is its own, or differs in nothing that decides them."""
+    if meta.get('tokenizer_sha256') is None:
+        return False
+    if hashlib.sha256(tokenizer.read_bytes()).hexdigest() == meta['tokenizer_sha256']:
+        return True
+    ours, theirs = (json.loads(enc.rust.to_str()) for enc in (tokenizer_of(folder, meta), Tokenizer(tokenizer)))
+    return all(ours[key] == theirs[key] for key in ('model', 'normalizer', 'pre_tokenizer', 'added_tokens'))
 
 
 def overlap(train: np.ndarray, valid: np.ndarray, length: int = 64) -> float:
@@ -166,13 +307,13 @@ def is_text(file: Path) -> bool:
         return False
 
 
-def load_text(file: str | Path, tokenizer: str) -> np.ndarray:
+def load_text(file: str | Path, enc: Encoding) -> np.ndarray:
     """A text file as one stream of tokens. Raises ValueError or OSError."""
     if not Path(file).is_file():
         raise ValueError(f'{file} does not exist, or is no file')
     if not is_text(Path(file)):
         raise ValueError(f'{file} is not text in UTF-8')
-    return np.array(encoding(tokenizer).encode_ordinary(clean(Path(file).read_text(encoding='utf-8'))))
+    return np.array(enc.encode_ordinary(clean(Path(file).read_text(encoding='utf-8'))))
 
 
 def mixture(streams: list[dict], i: int) -> dict:
@@ -197,25 +338,32 @@ def get_batch(tokens: np.ndarray, batch_size: int, block_size: int, key: tuple) 
 
 def own_files(folder: Path) -> set[str]:
     """Names of the files of the data set at `folder`, {} if nothing is there. Raises ValueError if something is there that is
-    no data set, or that has the name of a stream and is none of its files: what only a new data set may replace."""
+    no data set, or that has the name of one of its files and is none: what only a new data set may replace."""
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not there and (folder.is_dir() or not folder.exists()):
         return there
     try:
-        n_users = len(read_meta(folder)['users'])
+        meta = read_meta(folder)
     except ValueError:
         raise ValueError(f'{folder} exists and is not a prepared data set: move it away, or give another --name') from None
-    own = {'meta.json', *(f'user{i}_{split}.bin' for i in range(n_users) for split in SPLITS)}
+    own = {'meta.json', *(f'user{i}_{split}.bin' for i in range(len(meta['users'])) for split in SPLITS)}
+    own |= {TOKENIZER} if 'tokenizer_sha256' in meta else set()
     for name in sorted(there):
-        if re.fullmatch(r'user\d+_\w+\.bin', name) and not (name in own and (folder / name).is_file()):
+        if re.fullmatch(r'user\d+_\w+\.bin|tokenizer\.json', name) and not (name in own and (folder / name).is_file()):
             raise ValueError(f'{folder / name} is not a file of the data set there: move it away, or give another --name')
     return own & there
 
 
 def write_streams(
-    folder: Path, names: list[str], streams: Iterable[dict], vocab_size: int, meta: dict, n_bytes: np.ndarray | None = None
+    folder: Path,
+    names: list[str],
+    streams: Iterable[dict],
+    vocab_size: int,
+    meta: dict,
+    n_bytes: np.ndarray | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> dict:
-    """Write a data set; return its meta.json: `meta`, and what is counted here.
+    """Write a data set; return its meta.json: `meta`, and what is counted here. tokenizer: the one to copy beside it.
 
     streams: per name, in order, {'train': documents, 'valid': ..., 'test': ...}, each an iterable of arrays of token ids that
     is read once, so that none of it need be in memory. n_bytes (vocab_size,): bytes of text of each token, else 1.
@@ -235,6 +383,9 @@ def write_streams(
             users.append({'name': name, **{key: {split: counts[split][key] for split in SPLITS} for key in keys}})
             texts = [np.memmap(files[split], dtype, 'r') for split in SPLITS[:2] if counts[split]['tokens']]  # none is empty
             overlaps.append(overlap(*texts) if len(texts) == 2 else 0.0)
+        if tokenizer:
+            meta = {**meta, 'tokenizer_sha256': tokenizer.sha256}
+            (partial / TOKENIZER).write_bytes(tokenizer.raw)
         meta = {**meta, 'dtype': dtype.str, 'vocab_size': vocab_size, 'users': users, 'overlap': overlaps}
         (partial / 'meta.json').write_text(json.dumps(meta, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
         if not old and not os.path.ismount(folder):

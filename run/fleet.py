@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 import federate
-from data.stream import Texts, load_text
+from data.stream import Texts, load_text, tokenizer_of
 from federate import LEAVES, ONE_MODEL, Tensors, is_generalist, n_bytes, truncate
 from model import GPT
 from run import checkpoint, processes
@@ -34,7 +34,7 @@ def public_windows(c: SimpleNamespace, texts: Texts) -> torch.Tensor | None:
         return torch.from_numpy(tokens[: n * c.block_size].astype(np.int64)).view(n, c.block_size)
 
     if c.public_text:
-        windows = whole(load_text(c.public_text, texts.meta['tokenizer']), c.judge_windows)
+        windows = whole(load_text(c.public_text, tokenizer_of(texts.folder, texts.meta)), c.judge_windows)
     else:
         N = len(texts.n_train)
         each, some = math.ceil(c.judge_windows / N), range(min(N, c.judge_windows))

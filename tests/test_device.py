@@ -18,7 +18,7 @@ from several_runs import FORKS
 import federate
 import user
 from configurator import configure, fit
-from data.stream import load_text, load_user, read_meta
+from data.stream import encoding, load_text, load_user, read_meta
 from federate import LEAVES, Tensors, n_bytes, truncate
 from model import GPT, evaluate, fast_fp32, load_gpt
 from run import checkpoint
@@ -41,7 +41,7 @@ def settle(argv: list[str]) -> tuple[SimpleNamespace, GPT, dict]:
 
 def public_windows(c: SimpleNamespace) -> torch.Tensor:
     """(W, T) of the text that all may read."""
-    tokens = load_text(c.public_text, 'bytes')[: c.judge_windows * c.block_size]
+    tokens = load_text(c.public_text, encoding('bytes'))[: c.judge_windows * c.block_size]
     return torch.from_numpy(tokens.astype(np.int64)).view(-1, c.block_size)
 
 

@@ -50,11 +50,11 @@ def test_public_text_and_prompts_are_clean(tmp_path):
     """load_text: no byte order mark, no CR; a zero byte or another encoding is no text."""
     file = tmp_path / 'a.txt'
     file.write_bytes('\ufeffä\r\nb\rc'.encode())
-    assert bytes(load_text(file, 'bytes').tolist()).decode() == 'ä\nb\nc'
+    assert bytes(load_text(file, encoding('bytes')).tolist()).decode() == 'ä\nb\nc'
     for raw in (b'a\0b', 'ä'.encode('latin-1'), 'ab'.encode('utf-16')):
         file.write_bytes(raw)
         with pytest.raises(ValueError, match='a.txt is not text in UTF-8'):
-            load_text(file, 'bytes')
+            load_text(file, encoding('bytes'))
 
 
 def overwrite(file, tokens):

@@ -17,14 +17,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import tiktoken
 import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config.default import COLUMNS, METHODS
 from configurator import cell, die, folder_of, home, mean, parser, table
-from data.stream import Texts, encoding
+from data.stream import Encoding, Texts, tokenizer_of
 from eval import open_run, read_run
 from model import GPT, autocast, perplexity, windows
 
@@ -71,7 +70,7 @@ def measured(ppl: float, scores: np.ndarray, k: int, n_shown: int) -> dict:
     }
 
 
-def extremes(tokens: np.ndarray, scores: np.ndarray, k: int, enc: tiktoken.Encoding, at_most: int = 14) -> dict | None:
+def extremes(tokens: np.ndarray, scores: np.ndarray, k: int, enc: Encoding, at_most: int = 14) -> dict | None:
     """The tokens with the highest and those with the lowest generalist score, most extreme first: [label, score, occurrences].
 
     tokens (T,), scores (L, T, E); the score is the sum over generalists, its mean over layers and occurrences. Only tokens
@@ -89,7 +88,7 @@ def extremes(tokens: np.ndarray, scores: np.ndarray, k: int, enc: tiktoken.Encod
 
 
 # ---- text and page ---------------------------------------------------------------------------------------------------
-def passage(name: str, tokens: np.ndarray, enc: tiktoken.Encoding) -> dict:
+def passage(name: str, tokens: np.ndarray, enc: Encoding) -> dict:
     """The tokens of a text that are shown. raw: {position: label} of those that are not whole characters."""
     raw = [enc.decode_single_token_bytes(t) for t in tokens]
     text = pieces(raw)
@@ -130,7 +129,7 @@ def check_routers(run: Path, c: SimpleNamespace) -> None:
         raise ValueError(f'{run} ({c.method}) has no routers, {why}; these methods have them: {", ".join(routed)}')
 
 
-def look(run: SimpleNamespace, data: Texts, enc: tiktoken.Encoding, n_shown: int) -> dict:
+def look(run: SimpleNamespace, data: Texts, enc: Encoding, n_shown: int) -> dict:
     """The page of an opened run: its facts, and every text under every model. Dies if nobody of it has a router yet, or a
     model has diverged."""
     c, k, texts = run.c, run.c.n_generalists, []
@@ -174,8 +173,9 @@ def main(argv: list[str]) -> None:
     try:
         check_routers(args.run, read_run(args.run, [])[0])
         run = open_run(args.run, args.init_from, args.device)
-        data = Texts(folder_of(run.c.dataset), run.c.block_size, run.base.config.vocab_size)  # everybody's own
-        enc = encoding(data.meta['tokenizer'])
+        c, base = run.c, run.base
+        data = Texts(folder_of(c.dataset), c.block_size, base.config.vocab_size, tokenizer=base.tokenizer)  # everybody's own
+        enc = tokenizer_of(data.folder, data.meta)
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         die(error)
     with autocast(run.base.wte.weight.device, run.c.dtype):

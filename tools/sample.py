@@ -21,12 +21,11 @@ from itertools import chain, takewhile
 from pathlib import Path
 
 import torch
-from tiktoken import Encoding
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from configurator import die, home, parser
-from data.stream import VOCABULARIES, encoding, load_text
-from eval import open_base, open_run, who_is
+from configurator import die, folder_of, home, parser
+from data.stream import TOKENIZER, VOCABULARIES, Encoding, Tokenizer, encoding, load_text, read_meta, tokenizer_of
+from eval import open_base, open_run, read_run, who_is
 from model import GPT, autocast
 
 RULE, MOST = '-' * 24, 8  # between texts; users that --compare shows if --user names none
@@ -80,7 +79,12 @@ def pick(args: argparse.Namespace, models: dict[str, GPT], names: dict[str, str]
     return {f'{key} {names[key]}' if key in names else key: models[key] for key in keys}
 
 
-def tokenizer_of(base: GPT) -> Encoding:
+def vocabulary_of(base: GPT, dataset: Path | None) -> Encoding:
+    """The base's own tokenizer.json, else that of its run's data set, if there is one, else what has as many tokens."""
+    if base.tokenizer:
+        return Tokenizer(base.tokenizer)
+    if dataset and (dataset / TOKENIZER).is_file():
+        return tokenizer_of(dataset, read_meta(dataset, base.config.vocab_size))
     V = base.config.vocab_size
     for name, n in VOCABULARIES.items():
         if 0 <= V - n < 128:  # bases pad their vocabulary, e.g. 50257 -> 50304
@@ -90,13 +94,14 @@ def tokenizer_of(base: GPT) -> Encoding:
 
 def read_prompt(prompt: str, enc: Encoding, n_positions: int) -> tuple[str, list[int]]:
     """(text, tokens) of a prompt, or of a file if it reads FILE:path: the last n_positions tokens. An empty one is the start
-    of a document: what follows end-of-text for GPT-2; what follows a newline for bytes, where no such token separates them."""
+    of a document: what follows the token that begins one, GPT-2's end-of-text; a newline for bytes, which has none."""
     file = home(prompt[5:]) if prompt.startswith('FILE:') else None
-    ids = enc.encode_ordinary(prompt) if file is None else load_text(file, enc.name).tolist()
+    ids = enc.encode_ordinary(prompt) if file is None else load_text(file, enc).tolist()
     if len(ids) > n_positions:
         print(f'sample.py: a prompt of {len(ids)} tokens: the model sees the last {n_positions}', file=sys.stderr)
     ids = ids[-n_positions:]
-    return ''.join(decode(ids, enc)), ids or ([enc.eot_token] if enc.name == 'gpt2' else enc.encode_ordinary('\n'))
+    start = enc.start_token if isinstance(enc, Tokenizer) else enc.eot_token if enc.name == 'gpt2' else None
+    return ''.join(decode(ids, enc)), ids or (enc.encode_ordinary('\n') if start is None else [start])
 
 
 def decode(tokens: Iterable[int], enc: Encoding) -> Iterator[str]:
@@ -126,7 +131,7 @@ def main(argv: list[str]) -> None:
     args = read_options(argv)
     try:
         models, names, dtype = open_models(args)
-        enc = tokenizer_of(models['base'])
+        enc = vocabulary_of(models['base'], folder_of(read_run(args.run, [])[0].dataset) if args.run else None)
         chosen = pick(args, models, names)
         prompts = [read_prompt(prompt, enc, models['base'].config.n_positions) for prompt in args.prompt or ['']]
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
