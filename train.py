@@ -88,7 +88,7 @@ def prepare(c: SimpleNamespace, journal: Journal) -> tuple[Fleet, Tensors]:
         if c.resume:
             journal.resume(switches)
         base = load_base(c.init_from).to(c.device)
-        read_meta(folder, base.config.vocab_size)
+        read_meta(folder, base.config.vocab_size, base.tokenizer)
         fit(c, N=len(texts.n_train), n_positions=base.config.n_positions)
         c.n_train, c.vocab_size = texts.n_train, base.config.vocab_size
         fleet = Fleet(c, base, texts, journal, public)
