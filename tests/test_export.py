@@ -214,12 +214,20 @@ def test_the_base_is_the_same_to_the_bit(mixed, tmp_path, capsys):
     assert 'is the base itself' in refused(capsys, export, mixed.out, folder, '--to=base', f'--base={folder}', '--overwrite')
 
 
-def test_gpt2_is_named_by_its_place_on_the_hub_and_not_loaded(mixed, tmp_path):
+@pytest.mark.parametrize(
+    'base, place',
+    [
+        ('gpt2-medium', 'openai-community/gpt2-medium'),
+        ('smollm2-135m', 'HuggingFaceTB/SmolLM2-135M'),
+        ('owner/name', 'owner/name'),
+    ],
+)
+def test_a_base_of_the_hub_is_named_by_its_place_there_and_not_loaded(mixed, tmp_path, base, place):
     run = shutil.copytree(mixed.out, tmp_path / 'run')
     config = json.loads((run / 'config.json').read_text())
-    (run / 'config.json').write_text(json.dumps({**config, 'init_from': 'gpt2-medium'}))
+    (run / 'config.json').write_text(json.dumps({**config, 'init_from': base}))
     folder = export(run, tmp_path / 'peft', '--user=0')
-    assert json.loads((folder / 'adapter_config.json').read_text())['base_model_name_or_path'] == 'openai-community/gpt2-medium'
+    assert json.loads((folder / 'adapter_config.json').read_text())['base_model_name_or_path'] == place
     assert sorted(f.name for f in folder.iterdir()) == ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
 
 
@@ -234,6 +242,7 @@ FAMILY = {
     'qwen2-untied': {'qkv_bias': True, 'tie_word_embeddings': False, 'num_key_value_heads': 4},
 }
 PROJECTIONS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
+LESS_FAR = (*FAR, '--expert_lr=0.02')  # RMSNorm makes rounding large where the residual is next to nothing
 
 
 def random_llama(**changes) -> Llama:
@@ -241,7 +250,7 @@ def random_llama(**changes) -> Llama:
     torch.manual_seed(0)
     llama = Llama(LlamaConfig(**{**LLAMA, **changes}))
     for name, p in llama.named_parameters():
-        torch.nn.init.normal_(p, mean=float('ln_' in name), std=0.2)
+        torch.nn.init.normal_(p, mean=float('ln_' in name), std=0.5 if name == 'wte.weight' else 0.15)
     return llama.requires_grad_(False)
 
 
@@ -255,7 +264,7 @@ def family(request, tiny, tmp_path) -> SimpleNamespace:
 
 
 def test_a_llama_as_one_adapter_and_one_model(family, tmp_path):
-    opened = open_run(family.train('--method=fedavg', '--n_generalists=1', '--n_experts=1', '--lora_rank=4', *FAR).out)
+    opened = open_run(family.train('--method=fedavg', '--n_generalists=1', '--n_experts=1', '--lora_rank=4', *LESS_FAR).out)
     ours = logits(opened.models[1])
     assert (ours - logits(family.model)).abs().max() > 0.1
     adapter = export(opened.path, tmp_path / 'peft', '--user=1')
@@ -273,7 +282,7 @@ def test_a_llama_as_one_adapter_and_one_model(family, tmp_path):
 
 @pytest.mark.parametrize('family', ['llama', 'qwen2-untied'], indirect=True)
 def test_a_mixture_on_a_llama_is_an_adapter_for_each_expert(family, tmp_path, capsys):
-    run = family.train('--method=comigs_1gxs', '--n_experts=1,2,3', *FAR)
+    run = family.train('--method=comigs_1gxs', '--n_experts=1,2,3', *LESS_FAR)
     folder, model = export(run.out, tmp_path / 'peft', '--user=2'), model_of(run, 2)
     names = sorted(f.name for f in folder.glob('*-*'))
     assert names == ['generalist-0', 'specialist-0', 'specialist-1']
@@ -285,7 +294,7 @@ def test_a_mixture_on_a_llama_is_an_adapter_for_each_expert(family, tmp_path, ca
 
 @pytest.mark.parametrize('family', ['llama'], indirect=True)
 def test_flora_merges_into_a_llama_of_its_own(family, tmp_path):
-    opened = open_run(family.train('--method=flora', '--lora_rank=4,6,8', *FAR).out)
+    opened = open_run(family.train('--method=flora', '--lora_rank=4,6,8', *LESS_FAR).out)
     ours = logits(opened.models[2])
     assert close(logits(peft_model(export(opened.path, tmp_path / 'peft', '--user=2'))), ours)
     assert close(logits(hub_model(export(opened.path, tmp_path / 'merged', '--user=2', '--to=merged'))), ours)
@@ -302,7 +311,7 @@ def test_a_run_on_a_llama_starts_from_an_adapter(family, tmp_path):
         run = family.train('--method=fedsa_lora', '--rounds=0', f'--init_adapter={folder}', out=f'run-{name}')
         assert close(logits(run.users[0].model), theirs)
         assert (theirs - logits(family.model)).abs().max() > 0.1
-    run = family.train('--method=comigs_1g1s', '--n_experts=2', *FAR, out='first')
+    run = family.train('--method=comigs_1g1s', '--n_experts=2', *LESS_FAR, out='first')
     folder = export(run.out, tmp_path / 'peft', '--user=generalist')
     again = family.train('--method=comigs_1g1s', '--n_experts=2', '--rounds=0', f'--init_adapter={folder}', out='again')
     old, new = (load_file(one.out / 'adapters' / 'server.safetensors') for one in (run, again))
@@ -337,7 +346,7 @@ def test_a_llama_keeps_its_tokenizer_and_the_ends_of_its_documents(family, tmp_p
     base = tmp_path / 'hub'
     export_file.write_base(base, family.model, ({'bos_token_id': None, 'eos_token_id': [256, 7]}, {}))
     words.save(str(base / 'tokenizer.json'))
-    run = family.train('--method=fedavg', '--n_generalists=1', '--n_experts=1', *FAR, f'--init_from={base}')
+    run = family.train('--method=fedavg', '--n_generalists=1', '--n_experts=1', *LESS_FAR, f'--init_from={base}')
     named = export(run.out, tmp_path / 'peft', '--user=0')
     assert json.loads((named / 'adapter_config.json').read_text())['base_model_name_or_path'] == str(base)
     assert not (named / 'base').exists() and close(logits(peft_model(named)), logits(model_of(run)))
