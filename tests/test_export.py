@@ -335,8 +335,9 @@ def test_an_adapter_of_the_other_family_is_refused(family, train, adapter, tmp_p
 
 
 @pytest.mark.parametrize('family', ['llama', 'qwen2'], indirect=True)
-def test_a_llama_keeps_its_tokenizer_and_the_ends_of_its_documents(family, tmp_path):
-    """A folder in the Hub's format is named by an adapter; what is written out of it reads text as it does."""
+def test_a_llama_keeps_its_tokenizer_and_the_ends_of_its_documents(family, tmp_path, monkeypatch):
+    """A folder in the Hub's format is named by an adapter; what is written out of it reads text as it does, by the lines of
+    docs/exports.md."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -350,8 +351,12 @@ def test_a_llama_keeps_its_tokenizer_and_the_ends_of_its_documents(family, tmp_p
     named = export(run.out, tmp_path / 'peft', '--user=0')
     assert json.loads((named / 'adapter_config.json').read_text())['base_model_name_or_path'] == str(base)
     assert not (named / 'base').exists() and close(logits(peft_model(named)), logits(model_of(run)))
-    merged, text = export(run.out, tmp_path / 'merged', '--user=0', '--to=merged'), 'Two  words, é.<|end|>'
-    tokenizer, model = transformers.AutoTokenizer.from_pretrained(merged), hub_model(merged)
+    merged = export(run.out, tmp_path / 'out' / 'merged', '--user=0', '--to=merged')
+    monkeypatch.chdir(tmp_path)
+    snippet = re.findall('```python\n(.*?)```', (ROOT / 'docs/exports.md').read_text(), re.S)[1]
+    exec(snippet, scope := {})
+    tokenizer, model, text = scope['tokenizer'], scope['model'], 'Two  words, é.<|end|>'
+    assert close(logits(model), logits(model_of(run))) and close(logits(hub_model(merged)), logits(model))
     assert tokenizer(text)['input_ids'] == words.encode(text).ids and tokenizer.decode(words.encode(text).ids) == text
     assert (tokenizer.eos_token, tokenizer.bos_token) == ('<|end|>', None)
     assert (model.config.eos_token_id, model.config.bos_token_id) == ([256, 7], None)
