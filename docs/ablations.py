@@ -33,7 +33,7 @@ def diffs() -> dict[str, str]:
 
 def copy_of_the_source(folder: Path) -> Path:
     """The code, configs and the small base, without data, runs and environments."""
-    ignored = shutil.ignore_patterns('.*', 'out', 'build', '__pycache__', '*.bin')
+    ignored = shutil.ignore_patterns('.*', 'out', 'build', 'bases', '__pycache__', '*.bin')
     return Path(shutil.copytree(ROOT, folder / 'source', ignore=ignored))
 
 

@@ -1,4 +1,4 @@
-"""A PEFT LoRA adapter as the start of a run (--init_adapter). tools/export.py writes such adapters, with the names below."""
+"""A PEFT LoRA adapter as the start of a run (--init_adapter). tools/export.py writes such adapters, of a GPT-2 or a Llama."""
 
 import hashlib
 import math
@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from federate import Tensors, pairs
+from llama import hub_name
 from lora_moe import scaling
 from model import read_json, read_tensors
 
-IN_PEFT = r'base_model\.model\.transformer\.(h\.\d+\.(?:attn|mlp)\.\w+)\.lora_([AB])\.weight'
 # of an adapter's configuration: what does not change the meaning of its tensors, or is read below
 UNDERSTOOD = """peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r lora_alpha
     target_modules exclude_modules layers_to_transform layers_pattern lora_dropout fan_in_fan_out use_rslora init_lora_weights
@@ -25,29 +25,41 @@ def plain(name: str) -> tuple[str | None, str]:
     return (f'{found[2]}-{found[3]}', found[1] + found[4]) if found else (None, name.replace('.lora.', '.'))
 
 
+def hub_module(name: str) -> str:
+    """A linear as transformers calls it: h.0.mlp.c_fc -> transformer.h.0.mlp.c_fc; of a Llama, h.0.attn.q_proj ->
+    model.layers.0.self_attn.q_proj."""
+    return f'transformer.{name}' if '.c_' in name else hub_name(name)
+
+
+def in_peft(name: str) -> str:
+    """h.0.mlp.c_fc.A -> base_model.model.transformer.h.0.mlp.c_fc.lora_A.weight."""
+    return f'base_model.model.{hub_module(name[:-2])}.lora_{name[-1]}.weight'
+
+
 def read_peft(folder: Path, fresh: Tensors, alpha: float) -> tuple[Tensors, str]:
-    """A PEFT LoRA adapter of GPT-2 in our names, shapes and scaling, and the SHA-256 of its files.
+    """A PEFT LoRA adapter in our names, shapes and scaling, and the SHA-256 of its files.
 
     fresh: {name: first value} of the generalists and attention LoRAs to fill, A (R, in) and B (out, R). Each becomes the
     adapter's: its alpha / r, or alpha / sqrt(r) with use_rslora, goes into B, over our alpha / sqrt(R). For r < R the other
     components keep A as it starts and have B = 0, so they change nothing and can learn. All generalists get the same; what
     attention the adapter lacks is not returned. Raises ValueError, one line, for all that this would not give exactly."""
     config, stored = read_files(folder)
-    places, given, filled = {plain(name)[1] for name in fresh}, {}, {}
+    places, given, filled = {in_peft(plain(name)[1]): plain(name)[1] for name in fresh}, {}, {}
     for name, t in stored.items():
-        found = re.fullmatch(IN_PEFT, name)
-        short = f'{found[1]}.{found[2]}' if found else None
-        if short not in places or not t.is_floating_point():
-            raise ValueError(f'{folder}: no place for {name} ({t.dtype}): expected LoRA on the linears of attention and MLP')
-        given[short] = t.double()
-    kinds = {'mlp.c_fc', 'mlp.c_proj', *(name[:-2].split('.', 2)[2] for name in given)}
+        if name not in places or not t.is_floating_point():
+            raise ValueError(
+                f'{folder}: no place for {name} ({t.dtype}): expected LoRA on the linears of attention and MLP, such as '
+                f'{next(iter(places))}'
+            )
+        given[places[name]] = t.double()
+    kinds = {name[:-2].split('.', 2)[2] for name in places.values() if '.mlp.' in name or name in given}
     for name in pairs(fresh):
         short = plain(name + '.A')[1][:-2]  # h.0.mlp.c_fc
         if short.split('.', 2)[2] not in kinds:
             continue
         for factor in (short + '.A', short + '.B'):
             if factor not in given:
-                raise ValueError(f'{folder} has no {factor}: expected LoRA on mlp.c_fc and mlp.c_proj, and alike on all layers')
+                raise ValueError(f'{folder} has no {factor}: expected LoRA on all linears of the MLP, and alike on all layers')
         A, B, start, r = given[short + '.A'], given[short + '.B'], fresh[name + '.A'], setting(folder, config, short, 'r')
         n_out, R = fresh[name + '.B'].shape
         if A.shape != (r, start.shape[1]) or B.shape != (n_out, r):
@@ -90,7 +102,7 @@ def setting(folder: Path, config: dict, module: str, key: str) -> float:
     """'r' or 'lora_alpha' of one module: of the first pattern that its name ends with, as in PEFT, or the adapter's own."""
     patterns = {'r': 'rank_pattern', 'lora_alpha': 'alpha_pattern'}[key]
     try:
-        found = [v for k, v in (config.get(patterns) or {}).items() if re.match(rf'(.*\.)?({k})$', f'transformer.{module}')]
+        found = [v for k, v in (config.get(patterns) or {}).items() if re.match(rf'(.*\.)?({k})$', hub_module(module))]
     except (AttributeError, RuntimeError, OverflowError, re.error):
         raise ValueError(f'{folder}: {patterns} is not {{name: number}}') from None
     value = [*found, config.get(key)][0]

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 os.environ['HF_HUB_OFFLINE'] = '1'
 from eval import open_run
+from llama import Llama, LlamaConfig, load_base
 from lora_moe import Routing
-from model import GPT, fingerprint, load_gpt
+from model import GPT, fingerprint, load_gpt, save_gpt
 from tools import export as export_file
 
 peft, transformers = pytest.importorskip('peft'), pytest.importorskip('transformers')
@@ -69,6 +70,18 @@ def peft_model(folder: Path) -> torch.nn.Module:
     return model
 
 
+def peft_adapter(hub: Path, folder: Path, **settings: object) -> tuple[Path, torch.Tensor]:
+    """(folder that PEFT has saved, its logits): LoRA with these settings on a base; B is random, as after training."""
+    given = {'r': 4, 'lora_alpha': 10, 'task_type': 'CAUSAL_LM', **settings}
+    torch.manual_seed(1)
+    model = peft.get_peft_model(hub_model(hub), peft.LoraConfig(**given))
+    for name, p in model.named_parameters():
+        if 'lora_B' in name:
+            torch.nn.init.normal_(p, std=0.3)
+    model.save_pretrained(folder)
+    return folder, logits(model)
+
+
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return (a - b).abs().max() < 1e-5
 
@@ -115,6 +128,17 @@ def test_a_pruned_rank_keeps_its_scaling(train, tmp_path):
 
 
 # ---- a mixture: an adapter for each expert ---------------------------------------------------------------------------
+def send_all_to(model: GPT, j: int) -> None:
+    """From now on the weights of all experts but the j-th are 0."""
+    for block in model.h:
+        n_experts = len(block.mlp.generalists) + len(block.mlp.specialists)
+        always = torch.nn.functional.one_hot(torch.tensor([j] * IDX.numel()), n_experts).float()
+        chosen = always.argsort(1, descending=True)[:, : block.mlp.top_k]
+        routing = Routing(always, chosen, always.gather(1, chosen))
+        block.mlp.router = block.mlp.router or torch.nn.Identity()
+        block.mlp.route = lambda x, routing=routing: routing
+
+
 @pytest.mark.parametrize(
     'args, folders',
     [
@@ -130,12 +154,7 @@ def test_a_mixture_is_an_adapter_for_each_expert(train, tmp_path, capsys, args, 
     assert sorted(f.name for f in folder.iterdir() if '-' in f.name) == folders
     model, seen = model_of(run, 1), []
     for j, name in enumerate(folders):
-        for block in model.h:  # the weights of all experts but the j-th are 0
-            always = torch.nn.functional.one_hot(torch.tensor([j] * IDX.numel()), len(folders)).float()
-            chosen = always.argsort(1, descending=True)[:, : block.mlp.top_k]
-            routing = Routing(always, chosen, always.gather(1, chosen))
-            block.mlp.router = block.mlp.router or torch.nn.Identity()
-            block.mlp.route = lambda x, routing=routing: routing
+        send_all_to(model, j)
         theirs = peft_model(folder / name)
         assert close(logits(theirs), logits(model))
         seen.append(logits(theirs))
@@ -195,13 +214,154 @@ def test_the_base_is_the_same_to_the_bit(mixed, tmp_path, capsys):
     assert 'is the base itself' in refused(capsys, export, mixed.out, folder, '--to=base', f'--base={folder}', '--overwrite')
 
 
-def test_gpt2_is_named_by_its_place_on_the_hub_and_not_loaded(mixed, tmp_path):
+@pytest.mark.parametrize(
+    'base, place',
+    [
+        ('gpt2-medium', 'openai-community/gpt2-medium'),
+        ('smollm2-135m', 'HuggingFaceTB/SmolLM2-135M'),
+        ('owner/name', 'owner/name'),
+    ],
+)
+def test_a_base_of_the_hub_is_named_by_its_place_there_and_not_loaded(mixed, tmp_path, base, place):
     run = shutil.copytree(mixed.out, tmp_path / 'run')
     config = json.loads((run / 'config.json').read_text())
-    (run / 'config.json').write_text(json.dumps({**config, 'init_from': 'gpt2-medium'}))
+    (run / 'config.json').write_text(json.dumps({**config, 'init_from': base}))
     folder = export(run, tmp_path / 'peft', '--user=0')
-    assert json.loads((folder / 'adapter_config.json').read_text())['base_model_name_or_path'] == 'openai-community/gpt2-medium'
+    assert json.loads((folder / 'adapter_config.json').read_text())['base_model_name_or_path'] == place
     assert sorted(f.name for f in folder.iterdir()) == ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
+
+
+# ---- the Llama family ------------------------------------------------------------------------------------------------
+LLAMA = dict(vocab_size=257, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
+LLAMA |= dict(num_key_value_heads=2, head_dim=4, max_position_embeddings=32)
+FAMILY = {
+    'llama': {},
+    'llama3': {'tie_word_embeddings': False, 'rope_theta': 5e5, 'rope_scaling': (8.0, 1.0, 4.0, 16)},
+    'mistral': {'tie_word_embeddings': False, 'head_dim': 6, 'rms_norm_eps': 1e-6, 'rope_theta': 1e4},
+    'qwen2': {'qkv_bias': True, 'rope_theta': 1e6},
+    'qwen2-untied': {'qkv_bias': True, 'tie_word_embeddings': False, 'num_key_value_heads': 4},
+}
+PROJECTIONS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
+LESS_FAR = (*FAR, '--expert_lr=0.02')  # RMSNorm makes rounding large where the residual is next to nothing
+
+
+def random_llama(**changes) -> Llama:
+    """Weights, norms and biases that all matter."""
+    torch.manual_seed(0)
+    llama = Llama(LlamaConfig(**{**LLAMA, **changes}))
+    for name, p in llama.named_parameters():
+        torch.nn.init.normal_(p, mean=float('ln_' in name), std=0.5 if name == 'wte.weight' else 0.15)
+    return llama.requires_grad_(False)
+
+
+@pytest.fixture(params=FAMILY)
+def family(request, tiny, tmp_path) -> SimpleNamespace:
+    """.base, .model and .data as of `tiny`, and .train: with one of the Llama family."""
+    model = random_llama(**FAMILY[request.param])
+    save_gpt(model, tmp_path / 'base.safetensors')
+    own = SimpleNamespace(base=tmp_path / 'base.safetensors', data=tiny.data, model=model)
+    return SimpleNamespace(**vars(own), train=trainer(own, tmp_path))
+
+
+def test_a_llama_as_one_adapter_and_one_model(family, tmp_path):
+    opened = open_run(family.train('--method=fedavg', '--n_generalists=1', '--n_experts=1', '--lora_rank=4', *LESS_FAR).out)
+    ours = logits(opened.models[1])
+    assert (ours - logits(family.model)).abs().max() > 0.1
+    adapter = export(opened.path, tmp_path / 'peft', '--user=1')
+    assert close(logits(peft_model(adapter)), ours)
+    config = json.loads((adapter / 'adapter_config.json').read_text())
+    assert sorted(config['target_modules']) == sorted(PROJECTIONS) and not config['fan_in_fan_out'] and config['use_rslora']
+    assert config['r'] == 4 and config['rank_pattern'] == dict.fromkeys(PROJECTIONS[:4], 8)
+    names = load_file(adapter / 'adapter_model.safetensors')
+    assert 'base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight' in names and len(names) == 2 * 7 * 2
+    merged = export(opened.path, tmp_path / 'merged', '--user=1', '--to=merged')
+    assert close(logits(hub_model(merged)), ours) and close(logits(load_base(str(merged))), ours)
+    base = load_base(str(export(opened.path, tmp_path / 'plain', '--to=base')))
+    assert base.config == family.model.config and fingerprint(base) == fingerprint(family.model)
+
+
+@pytest.mark.parametrize('family', ['llama', 'qwen2-untied'], indirect=True)
+def test_a_mixture_on_a_llama_is_an_adapter_for_each_expert(family, tmp_path, capsys):
+    run = family.train('--method=comigs_1gxs', '--n_experts=1,2,3', *LESS_FAR)
+    folder, model = export(run.out, tmp_path / 'peft', '--user=2'), model_of(run, 2)
+    names = sorted(f.name for f in folder.glob('*-*'))
+    assert names == ['generalist-0', 'specialist-0', 'specialist-1']
+    for j, name in enumerate(names):
+        send_all_to(model, j)
+        assert close(logits(peft_model(folder / name)), logits(model))
+    assert refused(capsys, export, run.out, tmp_path / 'm', '--user=2', '--to=merged').endswith('use --to=peft\n')
+
+
+@pytest.mark.parametrize('family', ['llama'], indirect=True)
+def test_flora_merges_into_a_llama_of_its_own(family, tmp_path):
+    opened = open_run(family.train('--method=flora', '--lora_rank=4,6,8', *LESS_FAR).out)
+    ours = logits(opened.models[2])
+    assert close(logits(peft_model(export(opened.path, tmp_path / 'peft', '--user=2'))), ours)
+    assert close(logits(hub_model(export(opened.path, tmp_path / 'merged', '--user=2', '--to=merged'))), ours)
+
+
+@pytest.mark.parametrize('family', ['llama', 'qwen2'], indirect=True)
+def test_a_run_on_a_llama_starts_from_an_adapter(family, tmp_path):
+    """Of PEFT's making, or exported; and exported again it is the same to the bit."""
+    hub = tmp_path / 'hub'
+    export_file.write_base(hub, family.model, ({}, {}))
+    ranks = {'up_proj': 7, r'layers\.1\.mlp\.gate_proj': 2}
+    for name, targets in ('all', 'all-linear'), ('some', ['q_proj', *PROJECTIONS[4:]]):
+        folder, theirs = peft_adapter(hub, tmp_path / name, target_modules=targets, rank_pattern=ranks)
+        run = family.train('--method=fedsa_lora', '--rounds=0', f'--init_adapter={folder}', out=f'run-{name}')
+        assert close(logits(run.users[0].model), theirs)
+        assert (theirs - logits(family.model)).abs().max() > 0.1
+    run = family.train('--method=comigs_1g1s', '--n_experts=2', *LESS_FAR, out='first')
+    folder = export(run.out, tmp_path / 'peft', '--user=generalist')
+    again = family.train('--method=comigs_1g1s', '--n_experts=2', '--rounds=0', f'--init_adapter={folder}', out='again')
+    old, new = (load_file(one.out / 'adapters' / 'server.safetensors') for one in (run, again))
+    assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+
+
+@pytest.mark.parametrize('family', ['llama'], indirect=True)
+def test_an_adapter_of_the_other_family_is_refused(family, train, adapter, tmp_path, capsys):
+    """And one of another Llama."""
+
+    def of_llama(name: str, model: Llama) -> Path:
+        export_file.write_base(tmp_path / f'{name}-base', model, ({}, {}))
+        return peft_adapter(tmp_path / f'{name}-base', tmp_path / name, target_modules=PROJECTIONS)[0]
+
+    same, wide = of_llama('same', family.model), of_llama('wide', random_llama(intermediate_size=28))
+    said = refused(capsys, family.train, '--rounds=0', f'--init_adapter={adapter()[0]}')
+    assert 'no place for base_model.model.transformer.h.0.' in said and 'such as base_model.model.model.layers.0.' in said
+    said = refused(capsys, train, '--rounds=0', f'--init_adapter={same}')
+    assert 'no place for base_model.model.model.layers.0.' in said and 'such as base_model.model.transformer.h.0.' in said
+    assert 'is it an adapter of this base?' in refused(capsys, family.train, '--rounds=0', f'--init_adapter={wide}')
+
+
+@pytest.mark.parametrize('family', ['llama', 'qwen2'], indirect=True)
+def test_a_llama_keeps_its_tokenizer_and_the_ends_of_its_documents(family, tmp_path, monkeypatch):
+    """A folder in the Hub's format is named by an adapter; what is written out of it reads text as it does, by the lines of
+    docs/exports.md."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    words.add_special_tokens(['<|end|>'])
+    base = tmp_path / 'hub'
+    export_file.write_base(base, family.model, ({'bos_token_id': None, 'eos_token_id': [256, 7]}, {}))
+    words.save(str(base / 'tokenizer.json'))
+    run = family.train('--method=fedavg', '--n_generalists=1', '--n_experts=1', *LESS_FAR, f'--init_from={base}')
+    named = export(run.out, tmp_path / 'peft', '--user=0')
+    assert json.loads((named / 'adapter_config.json').read_text())['base_model_name_or_path'] == str(base)
+    assert not (named / 'base').exists() and close(logits(peft_model(named)), logits(model_of(run)))
+    merged = export(run.out, tmp_path / 'out' / 'merged', '--user=0', '--to=merged')
+    monkeypatch.chdir(tmp_path)
+    snippet = re.findall('```python\n(.*?)```', (ROOT / 'docs/exports.md').read_text(), re.S)[1]
+    exec(snippet, scope := {})
+    tokenizer, model, text = scope['tokenizer'], scope['model'], 'Two  words, é.<|end|>'
+    assert close(logits(model), logits(model_of(run))) and close(logits(hub_model(merged)), logits(model))
+    assert tokenizer(text)['input_ids'] == words.encode(text).ids and tokenizer.decode(words.encode(text).ids) == text
+    assert (tokenizer.eos_token, tokenizer.bos_token) == ('<|end|>', None)
+    assert (model.config.eos_token_id, model.config.bos_token_id) == ([256, 7], None)
+    export(run.out, merged, '--to=base', '--overwrite')
+    assert close(logits(hub_model(merged)), logits(family.model)) and (merged / 'tokenizer.json').exists()
 
 
 # ---- runs and folders as they come -----------------------------------------------------------------------------------
@@ -266,26 +426,13 @@ def test_it_needs_neither_peft_nor_transformers():
 # ---- a PEFT adapter as the start of a run ----------------------------------------------------------------------------
 @pytest.fixture
 def adapter(tiny, tmp_path):
-    """adapter(**settings of LoraConfig) -> (folder that PEFT has saved, its logits); B is random, as after training."""
+    """adapter(**settings of LoraConfig) -> what `peft_adapter` returns, on the tiny GPT-2."""
 
     def make(name='adapter', **settings):
-        if not (tmp_path / 'hub').exists():
-            export_file.write_gpt(tmp_path / 'hub', load_gpt(str(tiny.base)))
-        given = {
-            'r': 4,
-            'lora_alpha': 10,
-            'target_modules': LINEARS,
-            'task_type': 'CAUSAL_LM',
-            'fan_in_fan_out': True,
-            **settings,
-        }
-        torch.manual_seed(1)
-        model = peft.get_peft_model(hub_model(tmp_path / 'hub'), peft.LoraConfig(**given))
-        for name_, p in model.named_parameters():
-            if 'lora_B' in name_:
-                torch.nn.init.normal_(p, std=0.3)
-        model.save_pretrained(tmp_path / name)
-        return tmp_path / name, logits(model)
+        if not (tmp_path / 'gpt2').exists():
+            export_file.write_gpt(tmp_path / 'gpt2', load_gpt(str(tiny.base)))
+        given = {'target_modules': LINEARS, 'fan_in_fan_out': True, **settings}
+        return peft_adapter(tmp_path / 'gpt2', tmp_path / name, **given)
 
     return make
 

@@ -1,14 +1,14 @@
 """A run's models in Hugging Face's formats.
 
     python tools/export.py out/demo --user=0 --to=peft out/peft                # LoRA adapters of one user, by number or name
-    python tools/export.py out/demo --user=generalist --to=merged out/gpt2     # all users' generalist in a plain GPT-2 folder
+    python tools/export.py out/demo --user=generalist --to=merged out/gpt2     # all users' generalist in a plain model's folder
     python tools/export.py out/demo --to=base out/base                         # the frozen base as such a folder
     python train.py config/demo.py --init_adapter=out/peft/generalist-0 --out_dir=out/again        # and back
 
-A model with one expert is one LoRA: `peft` and `merged` are exact. A mixture of experts is none (gelu lies between an expert's
-two products, and a router weighs the experts for every token): it becomes a folder for each expert, exact for that expert
-alone, and the router's tensors. A base that is not in the Hub's format is written beside the adapter. docs/exports.md says what
-is what, and how to load it. Needs neither peft nor transformers, and executes nothing out of a file."""
+A model with one expert is one LoRA: `peft` and `merged` are exact. A mixture of experts is none (an activation lies between
+an expert's products, and a router weighs the experts for every token): it becomes a folder for each expert, exact for that
+expert alone, and the router's tensors. A base that is not in the Hub's format is written beside the adapter. docs/exports.md
+says what is what, and how to load it. Needs neither peft nor transformers, and executes nothing out of a file."""
 
 import argparse
 import json
@@ -24,11 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import cell, die, home, parser, read_json
 from eval import open_base, read_run, who_is
 from federate import Tensors, pairs
+from llama import HUB, Llama, to_hub
 from lora_moe import scaling
-from model import GPT, HUB, TRANSPOSED
-from run.adapter import plain
+from model import GPT, TRANSPOSED, on_hub
+from run.adapter import in_peft, plain
 
-WRITTEN = 'README.md config.json model.safetensors adapter_config.json adapter_model.safetensors router.safetensors'.split()
+WRITTEN = """README.md config.json model.safetensors tokenizer.json tokenizer_config.json adapter_config.json
+    adapter_model.safetensors router.safetensors""".split()
 README = """# {who}
 
 From the nanoCoMiGS run `{run}`: {method} on {dataset}, {rounds} rounds{unfinished}, seed {seed}. Base: `{base}`.
@@ -66,14 +68,25 @@ def write_adapter(folder: Path, lora: Tensors, alpha: float, base: str) -> None:
     """One LoRA as PEFT has it: A (r, in) and B (out, r) as here, and with use_rslora the same scaling alpha / sqrt(r).
 
     Ranks are those of the tensors: a component that HetLoRA has pruned is still there, as zeros, and so is its scaling."""
-    rank = {name.split('.', 2)[2]: len(lora[name + '.A']) for name in pairs(lora)}  # {'mlp.c_fc': 8}: equal in all layers
-    others = {module: r for module, r in rank.items() if r != rank['mlp.c_fc']}  # attention's is 8
+    names = pairs(lora)
+    gpt2 = '.c_' in names[0]
+    # {'mlp.c_fc': 8}, of a Llama {'up_proj': 8}: equal in all layers
+    ranks = {name.split('.', 2 if gpt2 else 3)[-1]: len(lora[name + '.A']) for name in names}
+    r = next(len(lora[name + '.A']) for name in names if '.mlp.' in name)
+    others = {module: n for module, n in ranks.items() if n != r}  # attention's is 8
     config = {'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': base, 'inference_mode': True}
-    config |= {'r': rank['mlp.c_fc'], 'rank_pattern': others, 'lora_alpha': alpha, 'alpha_pattern': {}, 'use_rslora': True}
-    config |= {'target_modules': [*rank], 'fan_in_fan_out': True}  # GPT-2's linears are Conv1D there: (in, out)
+    config |= {'r': r, 'rank_pattern': others, 'lora_alpha': alpha, 'alpha_pattern': {}, 'use_rslora': True}
+    config |= {'target_modules': [*ranks], 'fan_in_fan_out': gpt2}  # whose linears are Conv1D there: (in, out)
     config |= {'lora_dropout': 0.0, 'bias': 'none', 'modules_to_save': None}
-    tensors = {f'base_model.model.transformer.{n[:-2]}.lora_{n[-1]}.weight': t for n, t in lora.items()}
-    write(folder, 'adapter_', config, tensors)
+    write(folder, 'adapter_', config, {in_peft(name): t for name, t in lora.items()})
+
+
+def write_base(folder: Path, base: GPT, beside: tuple[dict, dict]) -> None:
+    """A folder in the Hub's layout. beside: of `what_is_beside`."""
+    if isinstance(base, Llama):
+        write_llama(folder, base, *beside)
+    else:
+        write_gpt(folder, base)
 
 
 def write_gpt(folder: Path, gpt: GPT) -> None:
@@ -83,6 +96,20 @@ def write_gpt(folder: Path, gpt: GPT) -> None:
     config |= {**asdict(gpt.config), 'tie_word_embeddings': True, 'bos_token_id': end, 'eos_token_id': end, 'dtype': 'float32'}
     tensors = {f'transformer.{n}': t.t() if n.endswith(TRANSPOSED) else t for n, t in gpt.state_dict().items()}
     write(folder, '', config, tensors)
+
+
+def write_llama(folder: Path, llama: Llama, ids: dict, files: dict[str, bytes]) -> None:
+    """The same of a Llama, or of a Qwen2 where q, k and v have biases: how fast positions turn is said where transformers 4
+    and where 5 looks for it. ids, files: of `what_is_beside`; an id not known is null, or transformers would invent one."""
+    given = asdict(llama.config)
+    kind, scaling = 'Qwen2' if given.pop('qkv_bias') else 'Llama', given.pop('rope_scaling')
+    names = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
+    rope = {'rope_type': 'llama3', **dict(zip(names, scaling))} if scaling else {'rope_type': 'default'}
+    config = {'architectures': [f'{kind}ForCausalLM'], 'model_type': kind.lower(), 'hidden_act': 'silu', **given}
+    config |= {'rope_parameters': {**rope, 'rope_theta': llama.config.rope_theta}, 'rope_scaling': rope if scaling else None}
+    write(folder, '', {**config, **ids, 'dtype': 'float32'}, to_hub(llama))
+    for name, raw in files.items():
+        (folder / name).write_bytes(raw)
 
 
 def write_readme(args: argparse.Namespace, c: SimpleNamespace, who: str, i: int | None, experts: list, base: str) -> None:
@@ -149,6 +176,25 @@ def source_of(args: argparse.Namespace, c: SimpleNamespace) -> str:
     return source
 
 
+def what_is_beside(base: GPT, source: str) -> tuple[dict, dict[str, bytes]]:
+    """({'bos_token_id': 1, 'eos_token_id': 2}, None where it is not known; {name: bytes} of a tokenizer's files), from what
+    lies beside a Llama's weights: tokenizer.json, and what lets AutoTokenizer take it as it is. Raises ValueError."""
+    ids, place = {'bos_token_id': None, 'eos_token_id': None}, Path(source)
+    if not isinstance(base, Llama) or not (base.tokenizer or place.exists()):
+        return ids, {}
+    folder = base.tokenizer.parent if base.tokenizer else place if place.is_dir() else place.parent
+    config, words = folder / 'config.json', folder / 'tokenizer.json'
+    given = read_json(config) if config.exists() else {}
+    ids = {key: given.get(key) for key in ids}
+    if not words.exists():
+        return ids, {}
+    named = {token['id']: token['content'] for token in read_json(words, 'added_tokens')['added_tokens']}
+    settings = {'tokenizer_class': 'PreTrainedTokenizerFast'}
+    for key, found in ids.items():  # {'eos_token': '<|end_of_text|>'}; of several, as Llama 3 has them, the first
+        settings[key[:-3]] = next((named[i] for i in (found if isinstance(found, list) else [found]) if i in named), None)
+    return ids, {words.name: words.read_bytes(), 'tokenizer_config.json': json.dumps(settings, indent=1).encode()}
+
+
 def merge(base: GPT, lora: Tensors, alpha: float) -> None:
     """W += γ B A in place; in float64, rounded once."""
     weights = base.state_dict()
@@ -163,18 +209,20 @@ def export(args: argparse.Namespace) -> None:
     who, i, tensors = ('the frozen base', None, {}) if args.to == 'base' else tensors_of(args.run, c, server, args.user)
     loras = by_expert(tensors)
     if args.to == 'merged' and len(loras) > 1:
-        raise ValueError(f'{who} is a mixture of {len(loras)} experts, which no plain GPT-2 equals: use --to=peft')
+        raise ValueError(f'{who} is a mixture of {len(loras)} experts, which no plain model equals: use --to=peft')
     source, gpt = source_of(args, c), None
     # adapters name a base of the Hub, or a folder in the Hub's format; any other base is written beside them
-    named = HUB.get(source) or (source if Path(source, 'config.json').exists() else None)
-    if args.base or args.to != 'peft' or source not in HUB:
+    hub, beside = on_hub(source, HUB), ({}, {})
+    named = HUB.get(source, source) if hub or Path(source, 'config.json').exists() else None
+    if args.base or args.to != 'peft' or not hub:
         gpt = open_base(source, 'cpu', 'float32', None if c.aggregate == 'flora' else c.base_sha256)
+        beside = what_is_beside(gpt, c.init_from if c.aggregate == 'flora' else source)
     clear(args.dir, args.overwrite)
     base = source
     if args.to == 'peft':
         base = named or str(args.dir / 'base')
         if not named:
-            write_gpt(args.dir / 'base', gpt)
+            write_base(args.dir / 'base', gpt, beside)
         for expert, lora in loras.items():
             write_adapter(args.dir / expert if len(loras) > 1 else args.dir, lora, c.lora_alpha, base)
         if router := {name: t for name, t in tensors.items() if name.endswith('.mlp.router.weight')}:
@@ -182,7 +230,7 @@ def export(args: argparse.Namespace) -> None:
     else:
         for lora in loras.values():
             merge(gpt, lora, c.lora_alpha)
-        write_gpt(args.dir, gpt)
+        write_base(args.dir, gpt, beside)
     write_readme(args, c, who, i, [*loras], base)
     print(f'{who}: wrote {args.dir}/ ({args.to}' + f', {len(loras)} adapters of one expert each' * (len(loras) > 1) + ')')
 
