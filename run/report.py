@@ -68,7 +68,7 @@ def save_adapters(c: SimpleNamespace, fleet: Fleet, journal: Journal, server: Te
         checkpoint.save(folder / 'server.safetensors', fleet.model_for_all(server), {}, base=c.init_from, round=str(c.rounds))
     if c.aggregate == 'flora' and processes.rank() == 0:  # as the last round began with it
         shape = json.dumps(dataclasses.asdict(fleet.base.config))
-        checkpoint.save(folder / 'base.safetensors', fleet.base.state_dict(), {}, gpt_config=shape)
+        checkpoint.save(folder / 'base.safetensors', fleet.base.state_dict(), {}, **{fleet.base.described_by: shape})
 
 
 def summarise(c: SimpleNamespace, fleet: Fleet, journal: Journal, trainable: list[int]) -> dict:
