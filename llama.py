@@ -228,9 +228,8 @@ def llama_config(given: dict, where: str) -> LlamaConfig:
     if given['num_key_value_heads'] is None:
         given['num_key_value_heads'] = heads
     if given.get('head_dim') is None:
-        given['head_dim'] = (
-            width // heads if type(heads) is type(width) is int and heads else 1
-        )  # as_config names which is wrong
+        known = type(heads) is type(width) is int and heads
+        given['head_dim'] = width // heads if known else 1  # then as_config names which of the two is wrong
     if given.get('use_sliding_window', True):  # in sequences no longer than that every token sees all before it
         given['max_position_embeddings'] = min(windows)
     scaling = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
