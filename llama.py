@@ -187,17 +187,17 @@ def load_base(source: str) -> GPT:
 
     .tokenizer of a Llama is the tokenizer.json beside it, or None. Raises ValueError or OSError, one line."""
     tensors, config, where = read_base(source, HUB)
-    kind = config.get('model_type', 'gpt2')
-    if where.startswith(Llama.described_by):
+    kind, own = config.get('model_type'), f'{Llama.described_by} in '
+    if where.startswith(own):
         base = filled(Llama, own_config(config, where), tensors, source)
     elif kind in [*FAMILIES]:
         base = filled(Llama, llama_config(config, where), from_llama(tensors, config), source)
-    elif kind == 'gpt2':
+    elif kind == 'gpt2' or where.startswith(f'{GPT.described_by} in '):
         return gpt_of(tensors, config, where, source)
     else:
         raise ValueError(f'{where}: model_type={kind!r:.40}, expected one of {", ".join(["gpt2", *FAMILIES])}')
-    beside = Path(where if Path(where).exists() else source).with_name('tokenizer.json')
-    base.tokenizer = beside if beside.exists() else None
+    beside = Path(where.removeprefix(own)).with_name('tokenizer.json')
+    base.tokenizer = beside if beside.is_file() else None
     return base
 
 
@@ -214,21 +214,20 @@ def llama_config(given: dict, where: str) -> LlamaConfig:
     given = {**FAMILIES[family], 'rms_norm_eps': 1e-6, 'tie_word_embeddings': False, **given}
     scaled = given.get('rope_parameters') or given.get('rope_scaling') or {}  # since transformers 5, and before
     windows = [given[key] for key in ('max_position_embeddings', 'sliding_window') if given[key] is not None]
-    if not isinstance(scaled, dict) or any(type(n) is not int for n in windows):
-        raise ValueError(
-            f'{where}: expected numbers for max_position_embeddings and sliding_window, an object for rope_scaling'
-        )
+    if not isinstance(scaled, dict) or not windows or any(type(n) is not int or n < 1 for n in windows):
+        raise ValueError(f'{where}: expected max_position_embeddings and sliding_window above 0, an object for rope_scaling')
     rope = {'rope_theta': given.get('rope_theta', 1e4), **scaled}
     kind = rope.get('rope_type', rope.get('type', 'default'))
     hold_to({'rope_type': ('default', 'llama3')}, {'rope_type': kind}, where, f'a {family}')
     biases = {'attention_bias': (False,), 'mlp_bias': (False,)} if family != 'qwen2' else {}
     fixed = {'hidden_act': ('silu',), 'quantization_config': (None,), 'partial_rotary_factor': (1, None), **biases}
-    hold_to(fixed, given, where, f'a {family}')
+    hold_to(fixed, given | scaled, where, f'a {family}')
     heads, width = given.get('num_attention_heads'), given.get('hidden_size')
     if given['num_key_value_heads'] is None:
         given['num_key_value_heads'] = heads
-    if given.get('head_dim') is None and type(heads) is type(width) is int and heads:
-        given['head_dim'] = width // heads
+    if given.get('head_dim') is None:
+        known = type(heads) is type(width) is int and heads
+        given['head_dim'] = width // heads if known else 1  # then as_config names which of the two is wrong
     if given.get('use_sliding_window', True):  # in sequences no longer than that every token sees all before it
         given['max_position_embeddings'] = min(windows)
     scaling = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
@@ -245,7 +244,7 @@ def own_config(given: dict, where: str) -> LlamaConfig:
     scaling = given.get('rope_scaling', ())
     if not isinstance(scaling, list | tuple) or len(scaling) not in (0, 4) or any(type(x) not in (int, float) for x in scaling):
         raise ValueError(f'{where}: rope_scaling={scaling!r:.80}, expected four numbers, or none')
-    if scaling and not (0 < scaling[0] and 0 < scaling[1] < scaling[2] and 0 < scaling[3] < math.inf):
+    if scaling and not (all(0 < x < 1e9 for x in scaling) and scaling[1] < scaling[2]):
         raise ValueError(f'{where}: rope_scaling={scaling!r:.80}, expected positive numbers, low_freq_factor the smaller one')
     config = as_config(LlamaConfig, {**given, 'rope_scaling': tuple(scaling)}, where)
     if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
@@ -257,10 +256,12 @@ def own_config(given: dict, where: str) -> LlamaConfig:
 
 
 def from_llama(tensors: dict, config: dict) -> dict:
-    """The Hub's names -> ours. Raises ValueError if a tied head is no copy."""
+    """The Hub's names -> ours. Raises ValueError if a tied head is no copy, or a tensor there twice."""
     ours = {theirs: name for name, theirs in IN_HUB.items()}
-    kept = {name.removeprefix('model.'): t for name, t in tensors.items() if not name.endswith('.rotary_emb.inv_freq')}
-    named = {'.'.join(ours.get(part, part) for part in name.split('.')): t for name, t in kept.items()}
+    kept = {name: t for name, t in tensors.items() if not name.endswith('.rotary_emb.inv_freq')}
+    named = {'.'.join(ours.get(part, part) for part in name.removeprefix('model.').split('.')): t for name, t in kept.items()}
+    if len(named) < len(kept):
+        raise ValueError('the base has a tensor twice, with and without model. before its name: expected once')
     return without_copy(named) if config.get('tie_word_embeddings', False) else named
 
 

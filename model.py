@@ -319,7 +319,7 @@ def load_gpt(source: str) -> GPT:
 
 def gpt_of(tensors: dict, config: dict, where: str, source: str) -> GPT:
     """A GPT-2 out of what `read_base` returned. Raises ValueError if it is none."""
-    if where.startswith(GPT.described_by):
+    if where.startswith(f'{GPT.described_by} in '):
         return filled(GPT, as_config(GPTConfig, config, where), tensors, source)
     return filled(GPT, hub_config(config, where), from_hub(tensors), source)
 
@@ -345,14 +345,15 @@ def read_base(source: str, hub: dict[str, str] = HUB) -> tuple[dict, dict, str]:
                 raise ValueError(f'{source} has {name} twice, in several files or as transformer.{name}: expected once')
         for kind in ('gpt_config', 'llama_config'):
             if kind in metadata:
-                given, where = read_json(file, metadata[kind]), f'{kind} in {source}'
+                given, where = read_json(file, metadata[kind]), f'{kind} in {file}'
     return tensors, read_json(where) if given is None else given, str(where)
 
 
 def on_hub(source: str, hub: dict[str, str] = HUB) -> bool:
     """Whether a base is to be had from the Hub: a short name, or an owner/name that is no path here."""
     named = re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', source) and not source.endswith(('.safetensors', '.bin'))
-    return source in hub or bool(named and not Path(source).parent.exists())
+    folders = (Path(source).parent, Path(__file__).resolve().parent / Path(source).parent)
+    return source in hub or bool(named and not any(folder.exists() for folder in folders))
 
 
 def filled(kind: type, config: object, tensors: dict, source: str) -> GPT:
@@ -376,9 +377,9 @@ def filled(kind: type, config: object, tensors: dict, source: str) -> GPT:
 
 def download(repo: str) -> list[Path]:
     """The weights of a Hub repository, beside them config.json and a Llama's tokenizer.json, if there is one; shows the
-    client's bar and no line of it. Raises OSError."""
+    client's bar and no line of it. Raises OSError, or ValueError for what is no base."""
     import huggingface_hub as hub
-    from huggingface_hub.utils import EntryNotFoundError, OfflineModeIsEnabled, logging
+    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled, logging
 
     logging.set_verbosity_error()
     warnings.filterwarnings('ignore', module='huggingface_hub')
@@ -396,21 +397,33 @@ def download(repo: str) -> list[Path]:
                 weights = get('model.safetensors')
             except EntryNotFoundError:  # a large base is in parts, which an index lists
                 index = get('model.safetensors.index.json')[0]
-                weights = get(*sorted({*map(str, read_json(index)['weight_map'].values())}))
-            with contextlib.suppress(EntryNotFoundError):
-                get(*['tokenizer.json'] * (config.get('model_type') != 'gpt2'))  # those of GPT-2 are all the same
+                names = listed_in(index)
+                if odd := [name for name in names if not re.fullmatch(r'[\w.-]+\.safetensors', name)]:
+                    raise ValueError(f'{index} lists {", ".join(odd)[:150]}: expected names of .safetensors files')
+                weights = get(*names)
+            if config.get('model_type') != 'gpt2':  # those of GPT-2 are all the same
+                try:
+                    get('tokenizer.json')
+                except EntryNotFoundError as error:  # there is none; or the connection failed, and that is not known
+                    unknown = hub.try_to_load_from_cache(repo, 'tokenizer.json') is None
+                    if isinstance(error, LocalEntryNotFoundError) and unknown:
+                        raise
             return weights
         except Exception as error:  # the client raises many kinds, all meaning: not there
             cause = cause or error
+    if type(cause) is ValueError:  # no fault of the connection: our own line on what was fetched
+        raise cause
     status = getattr(getattr(cause, 'response', None), 'status_code', None)
     fix = 'unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE' if isinstance(cause, OfflineModeIsEnabled) else 'connect once'
-    if status:
+    if isinstance(cause, EntryNotFoundError) and status:
+        fix = 'choose one that has config.json and model.safetensors'
+    elif status:
         fix = 'check HF_ENDPOINT and HF_TOKEN (`hf auth login`)' if status in (401, 403, 404) else 'try again later'
     elif getattr(cause, 'strerror', None):
         fix = f'{cause.strerror}: make room, or set HF_HOME to a folder that can be written'
     raise OSError(
         f'cannot get {repo} from the Hugging Face Hub ({status or type(cause).__name__}): {fix}, or copy its config.json and '
-        'model.safetensors into a folder and give that folder as the base (--init_from, of tools/export.py --base)'
+        'weights into a folder and give that folder as the base (--init_from, of tools/export.py --base)'
     )
 
 
@@ -423,8 +436,7 @@ def weight_files(path: Path, hub: dict[str, str] = HUB) -> list[Path]:
     for name, pattern in (('model.safetensors', '*.safetensors'), ('pytorch_model.bin', 'pytorch_model*.bin')):
         index, found = folder / f'{name}.index.json', [folder / name] * (folder / name).exists()
         if index.exists():
-            listed = read_json(index).get('weight_map')
-            names = sorted({*map(str, listed.values())}) if isinstance(listed, dict) and listed else ['nothing']
+            names = listed_in(index)
             found = [folder / name for name in names]
             if lost := [name for name, file in zip(names, found) if file.parent != folder or not file.is_file()]:
                 raise ValueError(f'{index} lists {", ".join(lost)[:150]}: expected files beside it: copy them or remove it')
@@ -438,6 +450,12 @@ def weight_files(path: Path, hub: dict[str, str] = HUB) -> list[Path]:
         return [path]
     seen = ', '.join(seen[:4]) or 'neither *.safetensors nor pytorch_model.bin'
     raise ValueError(f'{path} holds {seen}: expected model.safetensors, or give one file')
+
+
+def listed_in(index: Path) -> list[str]:
+    """The files of a base in parts, as its index names them."""
+    listed = read_json(index).get('weight_map')
+    return sorted({*map(str, listed.values())}) if isinstance(listed, dict) and listed else ['nothing']
 
 
 def read_tensors(file: Path) -> tuple[dict, dict]:
@@ -478,6 +496,9 @@ def what_it_is(file: Path) -> str:
     return 'it is empty, cut short, damaged or of another format: copy or download it again'
 
 
+MOST = {'layer_norm_epsilon': 1, 'rms_norm_eps': 1, 'n_layer': 1024, 'num_hidden_layers': 1024, 'rope_theta': 1e12}
+
+
 def as_config(kind: type, given: dict, where: str) -> object:
     """A dataclass of that kind out of JSON. Raises ValueError unless every field is there, and no other, of its type and in its
     range."""
@@ -485,16 +506,13 @@ def as_config(kind: type, given: dict, where: str) -> object:
     if given.keys() != types.keys():
         raise ValueError(f'{where} is not {", ".join(types)}: write the file again with save_gpt')
     for name, wanted in types.items():
-        value, most = (
-            given[name],
-            {'layer_norm_epsilon': 1, 'rms_norm_eps': 1, 'n_layer': 1024, 'rope_theta': 1e12}.get(name, 2**24),
-        )
+        value, most = given[name], MOST.get(name, 2**24)
         if wanted in (int, float) and (type(value) not in (int, wanted) or not 0 < value <= most):
             raise ValueError(f'{where}: {name}={value!r:.40}, expected {wanted.__name__} above 0 and up to {most}')
         if wanted is bool and type(value) is not bool:
             raise ValueError(f'{where}: {name}={value!r:.40}, expected true or false')
     config = kind(**given)
-    if config.n_embd % config.n_head:
+    if 'n_embd' in types and config.n_embd % config.n_head:  # a Llama says head_dim
         raise ValueError(f'{where}: n_embd={config.n_embd} is no multiple of n_head={config.n_head}')
     return config
 
