@@ -433,13 +433,14 @@ def test_a_tokenizer_is_not_missed_because_the_connection_failed(hub):
     assert load_base('someone/x').tokenizer is None
 
 
-def test_a_repository_without_safetensors_is_told_so(hub):
-    """Not to get a token."""
+def test_a_repository_that_holds_no_base_is_told_so(hub):
+    """Not to get a token, nor to connect."""
     (hub.folder / 'model.safetensors').rename(hub.folder / 'pytorch_model.bin')
     said = refusal('someone/pickled')
     assert '(404): choose one that has config.json and model.safetensors' in said and 'HF_TOKEN' not in said
     (hub.folder / 'config.json').write_text('<html>')
     assert 'config.json cannot be read as a JSON object' in refusal('someone/pickled')
+    assert '(HFValidationError): write owner/name as the Hub does' in refusal('someone/a..b')
 
 
 def test_what_is_a_path_is_not_asked_for(hub, tmp_path, monkeypatch):
