@@ -417,6 +417,8 @@ def download(repo: str) -> list[Path]:
     fix = 'unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE' if isinstance(cause, OfflineModeIsEnabled) else 'connect once'
     if isinstance(cause, EntryNotFoundError) and status:
         fix = 'choose one that has config.json and model.safetensors'
+    elif isinstance(cause, ValueError):
+        fix = 'write owner/name as the Hub does'
     elif status:
         fix = 'check HF_ENDPOINT and HF_TOKEN (`hf auth login`)' if status in (401, 403, 404) else 'try again later'
     elif getattr(cause, 'strerror', None):

@@ -224,6 +224,17 @@ def test_the_cache_does_not_change_the_text(experts):
     assert torch.equal(llama(greedy[:, -33:-1])[0][:, -1].argmax(-1), greedy[:, -1])
 
 
+@pytest.mark.filterwarnings('error::UserWarning')
+def test_a_compiled_loss_has_the_same_gradients_and_says_nothing():
+    user, idx, found = user_of(random_llama(), 3), tokens(2, 17), []
+    for loss in (user.loss, torch.compile(user.loss, backend='aot_eager')):
+        user.zero_grad()
+        loss(idx[:, :-1], idx[:, 1:])[0].backward()
+        found.append({name: p.grad for name, p in user.named_parameters() if p.grad is not None})
+    assert found[0].keys() == roles(user).keys() == found[1].keys()
+    assert all(relative_error(g, found[0][name]) < 1e-5 for name, g in found[1].items())
+
+
 # ---- what is no base: one line that names the field ------------------------------------------------------------------------
 def hub_folder(folder: Path, **changes) -> tuple[Path, dict, dict]:
     """A tiny Llama in the Hub's format: (folder, its config.json, its tensors)."""
@@ -422,13 +433,14 @@ def test_a_tokenizer_is_not_missed_because_the_connection_failed(hub):
     assert load_base('someone/x').tokenizer is None
 
 
-def test_a_repository_without_safetensors_is_told_so(hub):
-    """Not to get a token."""
+def test_a_repository_that_holds_no_base_is_told_so(hub):
+    """Not to get a token, nor to connect."""
     (hub.folder / 'model.safetensors').rename(hub.folder / 'pytorch_model.bin')
     said = refusal('someone/pickled')
     assert '(404): choose one that has config.json and model.safetensors' in said and 'HF_TOKEN' not in said
     (hub.folder / 'config.json').write_text('<html>')
     assert 'config.json cannot be read as a JSON object' in refusal('someone/pickled')
+    assert '(HFValidationError): write owner/name as the Hub does' in refusal('someone/a..b')
 
 
 def test_what_is_a_path_is_not_asked_for(hub, tmp_path, monkeypatch):
@@ -451,10 +463,10 @@ def runs(tiny, tmp_path_factory):
     return SimpleNamespace(folder=folder, train=train)
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', [*METHODS, 'comigs_1g1s --dtype=bfloat16'])
 def test_every_method_runs_on_a_llama(method, runs):
     """Better than the base on everybody's text, and eval.py rebuilds every user's model from the files."""
-    run = runs.train(f'--method={method}', *SHORT, out=method)
+    run = runs.train(*f'--method={method}'.split(), *SHORT, out=method)
     s = run.summary
     assert isinstance(run.fleet.base, Llama) and len(s['test_ppl']) == 3 and all(map(math.isfinite, s['test_ppl']))
     assert method == 'pretrained' or all(a < b for a, b in zip(s['test_ppl'], s['pretrained_test_ppl']))
