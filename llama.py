@@ -127,8 +127,7 @@ class Attention(nn.Module):
         """x (B, T, C) -> (B, T, C). past: as an entry of the cache of GPT.hidden; keys are kept as they were turned."""
         heads, S = (*x.shape[:2], -1, self.config.head_dim), past[0].shape[2] if past else 0
         q, k, v = (project(x).view(heads).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))
-        angles = rotations.__wrapped__ if torch.compiler.is_compiling() else rotations  # a compiler warns of caches
-        turn = angles(self.config, S, x.shape[1], x.device)
+        turn = rotations(self.config, S, x.shape[1], x.device)
         q, k = rotate(q, *turn), rotate(k, *turn)  # (B, H, T, D), (B, G, T, D)
         if past is not None:
             if past:
