@@ -1,0 +1,235 @@
+"""A device: one `User` and `local_round` behind Flower's ClientApp. Nothing leaves but what `answer` returns.
+
+Every message starts a new process. What the user is comes from the device's folder and goes back there before it answers:
+
+    checkpoint/user{i}-{t}.safetensors   the user after round t, sealed: of the last round that the server has counted, of the
+                                         one before it, and of the one at work; the server says after which one it goes on
+    metrics.jsonl                        every step's loss, as a run writes them: it stays here
+    config.json, adapters/, summary.json the result, once the last round is over: a run's folder with one user"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from messages import packed, unpacked
+
+import federate
+from configurator import configure, fit, folder_of, to_json
+from data.stream import Texts
+from federate import ONE_MODEL, Tensors, n_bytes, truncate
+from llama import load_base
+from lora_moe import ATTENTION_RANK, scaling, shape_of
+from model import autocast, evaluate, fingerprint
+from run import checkpoint
+from run.checkpoint import part
+from run.fleet import public_windows
+from run.journal import FREE
+from train import local_round, pick_device, settle_precision
+from user import User, start_of
+
+LOCAL = (*FREE, 'public_text')  # switches about where things are, which are the device's own affair
+app = ClientApp()
+
+
+def switches(told: dict, here: dict) -> list[str]:
+    """A command line: the server's switches, but for LOCAL ones, which are of this device."""
+    asked = {key: value for key, value in json.loads(told['switches']).items() if key not in LOCAL}
+    own = {key: here[key] for key in LOCAL if key in here and (key != 'public_text' or told['public'])}
+    return [f'--{key}={value}' for key, value in {**asked, **own}.items()]
+
+
+def any_rank(tensors: Tensors, expected: Tensors) -> Tensors:
+    """expected, with the ranks that the tensors have, where a rule's result has no rank of its own."""
+    rank = {name[:-2]: v.shape[0] for name, v in tensors.items() if name.endswith('.A') and v is not None and v.dim() == 2}
+    like = {name: (rank.get(name[:-2], v.shape[0]), v.shape[1]) for name, v in expected.items() if name.endswith('.A')}
+    like |= {name: (v.shape[0], rank.get(name[:-2], v.shape[1])) for name, v in expected.items() if name.endswith('.B')}
+    return {name: v.new_zeros(1).expand(like[name]) for name, v in expected.items()}
+
+
+class Device:
+    def __init__(self, tensors: dict, told: dict, here: dict):
+        """Raises ValueError or OSError, one line, for a message or a folder that does not fit: the server is told so."""
+        self.tensors, self.told, self.name, self.folder = tensors, told, here['name'], Path(here['folder'])
+        self.t, self.i, self.last, self.round = told['round'], told['user'], told['last'], told['round'] + 1
+        if not 0 <= self.last <= self.t or not 0 <= self.i < told['users']:
+            raise ValueError(f'round {self.t} after round {self.last}, user {self.i} of {told["users"]}: no such round or user')
+        (self.folder / 'checkpoint').mkdir(parents=True, exist_ok=True)
+        self.lock = checkpoint.lock(self.folder / '.lock')
+        if not self.lock:
+            raise ValueError(f'{self.folder} is at work for another process')
+        try:
+            self.c = c = configure(switches(told, here))
+            c.device = pick_device(c.device)
+            self.base = load_base(c.init_from).to(c.device)
+            fit(c, told['users'], self.base.config.n_positions)
+        except SystemExit:
+            raise ValueError('the switches are not accepted here: its own log says which one') from None
+        self.base_sha256 = fingerprint(self.base)
+        if self.base_sha256 != told['base']:
+            raise ValueError(f'{c.init_from} is not the base of this federation (SHA-256 differs)')
+        vocab_size = c.vocab_size = self.base.config.vocab_size
+        texts = Texts(folder_of(c.dataset), c.block_size, vocab_size, tokenizer=self.base.tokenizer)
+        if len(texts.n_train) > 1:
+            raise ValueError(f'{c.dataset} holds the text of several users: a device has that of one')
+        self.n_train, public, data = texts.n_train[0], public_windows(c, texts), texts.of(0)
+        if public is not None:
+            if told['public'] != hashlib.sha256(public.numpy().tobytes()).hexdigest():
+                raise ValueError(f'--public_text={c.public_text} is not that of this federation')
+            data['public'] = public.to(c.device)
+        c.dtype = settle_precision(c, self.base)
+        self.start = start_of(c, self.base)
+        self.user = User(self.i, c, self.base, data, self.start)
+        self.shared = {name: self.start[name] for name in self.user.shared}
+
+    # ---- the folder --------------------------------------------------------------------------------------------------
+    def file(self, t: int) -> Path:
+        return checkpoint.user_file(self.folder / 'checkpoint', self.i, t)
+
+    def restore(self, t: int) -> None:
+        """The user after round t, 0: as it begins; what was written after that is forgotten."""
+        self.lines, self.taken, self.metrics = 0, True, self.folder / 'metrics.jsonl'
+        if t:
+            tensors, facts = checkpoint.read(self.file(t))
+            self.user.restore(tensors, facts)
+            self.user.bytes_up, self.user.bytes_down, self.lines, self.taken = facts['here']
+            if merged := part(tensors, 'base/'):
+                self.base.load_state_dict(merged)
+        self.metrics.touch()
+        os.truncate(self.metrics, self.lines)
+
+    def save(self, t: int) -> None:
+        tensors, facts = self.user.state()
+        if self.c.aggregate == 'flora':
+            tensors |= {f'base/{name}': v for name, v in self.base.state_dict().items()}
+        here = [self.user.bytes_up, self.user.bytes_down, self.metrics.stat().st_size, self.taken]
+        checkpoint.save(self.file(t), tensors, {**facts, 'here': here})
+
+    def log(self, kind: str, values: dict) -> None:
+        with open(self.metrics, 'a') as f:
+            f.write(to_json({'kind': kind, 'round': self.round, **values}) + '\n')
+
+    def test(self, when: str, model: object = None, **at: int) -> float:
+        with autocast(self.user.device, self.c.dtype):
+            result = evaluate(model or self.user.model, self.user.data['test'], self.c.block_size, quiet=True)
+        seen = {key: result[key] for key in ('loss', 'ppl', 'scores') if result[key] is not None}
+        self.log('eval', {'step': self.user.expert_steps, 'user': self.i, 'split': 'test', 'when': when, **seen, **at})
+        return result['ppl']
+
+    # ---- what comes: checked as strictly as what the server accepts ------------------------------------------------------
+    def group(self, prefix: str, expected: Tensors, ranks: bool = False) -> Tensors:
+        """The message's tensors whose names begin with the prefix. Raises ValueError unless they are such as expected."""
+        found = part(self.tensors, prefix)
+        if why := federate.refusal(found, any_rank(found, expected) if ranks else expected, vocab_size=self.c.vocab_size):
+            raise ValueError(f'what the server sent is refused ({prefix}{why})')
+        return found
+
+    def server(self) -> Tensors:
+        """What everybody's round starts from; nothing, where a rule makes something for each user alone."""
+        if not part(self.tensors, 'server/') and self.c.aggregate not in ONE_MODEL:
+            return {}
+        return self.group('server/', self.shared, ranks=self.c.aggregate in ('hetlora', 'flexlora'))
+
+    def take(self) -> None:
+        """What the server made for this user alone in the last round that it counted, once; and that round's bytes."""
+        if self.taken:
+            return
+        own, expected = part(self.tensors, 'own/'), truncate(self.shared, self.c.lora_rank[self.i])
+        if self.c.aggregate == 'consensus':
+            like = torch.empty(self.user.data['public'].numel(), min(100, self.c.vocab_size))
+            expected = {'ids': like.int(), 'values': like.half()}
+        self.user.take(self.group('own/', expected) if own else None)
+        self.log('comm', {**self.user.traffic(), 'round': self.last})
+        self.taken = True
+
+    def merge(self) -> int:
+        """FLoRA: the stacks of the rounds since this user was last asked go into its base. Returns all bytes so far."""
+        seen, rounds = self.user.stacks_seen, sorted({int(key[5:].split('/')[0]) for key in self.tensors if key[:5] == 'stack'})
+        if rounds and rounds != [*range(max(0, self.last - 1), self.t)]:
+            raise ValueError(f'stacks of the rounds {rounds} do not go on from round {self.last}')
+        for t in rounds:
+            stack = self.group(f'stack{t}/', self.shared, ranks=True)
+            federate.merge(self.base, stack)
+            seen += n_bytes(stack)
+        return seen
+
+    # ---- what leaves -------------------------------------------------------------------------------------------------
+    def train(self) -> tuple[Tensors, dict]:
+        self.restore(self.last)
+        self.take()
+        self.user.receive(self.server(), self.t, self.merge())
+        local_round(self.user, self.t, self.c.local_steps, self.log)
+        facts = {'tokens': self.n_train} | ({'ppl': self.test('local')} if self.told['test'] else {})
+        sent, self.taken = self.user.upload(), False
+        self.save(self.t + 1)
+        before = max((t for t in range(self.last) if self.file(t).exists()), default=0)
+        kept = [(0, {self.i: t}) for t in (before, self.last, self.t + 1)]
+        checkpoint.remove_others(self.folder / 'checkpoint', *kept)
+        return sent, facts
+
+    def ask(self, question: str) -> tuple[Tensors, dict]:
+        """judge, predict: once more about the round that this user has just trained in."""
+        self.restore(self.t + 1)
+        if question == 'judge':
+            users = sorted({int(key.split('/')[0]) for key in self.tensors})
+            told = {'updates': {j: self.group(f'{j}/', truncate(self.shared, self.c.lora_rank[j])) for j in users}}
+        else:
+            told = {'logits': self.told['logits']}
+        sent = getattr(self.user, question)(**told)
+        self.save(self.t + 1)
+        return sent, {}
+
+    def evaluate(self) -> tuple[Tensors, dict]:
+        """After the last round: perplexities leave, the result stays in the folder."""
+        self.restore(self.last)
+        self.round = self.t  # what is said now is of the last round
+        self.take()
+        self.save(self.last)
+        server, c, user = self.server(), self.c, self.user
+        if c.aggregate == 'fdlora':
+            w1, w2 = user.fuse(server)
+            self.log('fusion', {'step': user.expert_steps, 'user': self.i, 'own': w1, 'mean': w2})
+        ppl = {'trained': self.test('fused' if c.aggregate == 'fdlora' else 'final')}
+        self.keep()
+        original = load_base(c.init_from).to(c.device) if c.aggregate == 'flora' else self.base
+        if self.shared:
+            user.receive(server, self.t - 1, self.merge())
+            ppl['aggregated'] = self.test('aggregated')
+        return {}, {**ppl, 'pretrained': self.test('pretrained', original, round=0, step=0)}
+
+    def keep(self) -> None:
+        """The folder as that of a run with one user, for tools/ and eval.py."""
+        c, adapters = self.c, self.folder / 'adapters'
+        adapters.mkdir(exist_ok=True)
+        own = {name: [getattr(c, name)[self.i]] for name in ('n_experts', 'lora_rank')}
+        facts = {'user': 0, 'name': self.name, 'method': c.method, 'round': self.last, **shape_of(c, self.i)}
+        facts |= {'scaling': scaling(c.lora_alpha, own['lora_rank'][0]), 'attention_rank': ATTENTION_RANK}
+        facts |= {'base': c.init_from, 'base_sha256': self.base_sha256}
+        said = {key: str(value) for key, value in facts.items()}
+        checkpoint.save(adapters / 'user0.safetensors', self.user.adapter, {}, **said)
+        if c.aggregate in ONE_MODEL:
+            checkpoint.save(adapters / 'server.safetensors', {**self.start, **self.server()}, {}, base=c.init_from)
+        if c.aggregate == 'flora':  # the base as the last round began with it
+            shape = {self.base.described_by: json.dumps(dataclasses.asdict(self.base.config))}
+            checkpoint.save(adapters / 'base.safetensors', self.base.state_dict(), {}, **shape)
+        config = {**vars(c), **own, 'users': [self.name], 'tested': [0], 'base_sha256': self.base_sha256}
+        for file, content in {'config.json': config, 'summary.json': {'rounds': self.last, 'users': [self.name]}}.items():
+            checkpoint.write_atomically(self.folder / file, lambda path: path.write_text(to_json(content, indent=1)))
+
+
+def answer(question: str, message: Message, context: Context) -> Message:
+    tensors, told = unpacked(message.content)
+    device = Device(tensors, told, json.loads(os.environ['DEVICE']))
+    sent, facts = device.ask(question) if question in ('judge', 'predict') else getattr(device, question)()
+    return Message(packed(sent, {'user': device.name, 'round': told['round'], **facts}), reply_to=message)
+
+
+app.train()(functools.partial(answer, 'train'))
+app.evaluate()(functools.partial(answer, 'evaluate'))
+app.query('judge')(functools.partial(answer, 'judge'))
+app.query('predict')(functools.partial(answer, 'predict'))

@@ -1,0 +1,192 @@
+"""A federation on this machine: the server and a device for every user, as real processes on 127.0.0.1, with TLS and keys.
+
+    python devices/loopback.py config/demo.py --n_users=4     # and any switches of train.py
+
+In OUT_DIR-devices: keys/, server/ and a folder for every device, with nobody's text but its own. Then the simulator does the
+same run, and the adapters are compared bit for bit. Nothing that is started here outlives this command."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from configurator import cell, configure, die, folder_of, parser, table
+from data.stream import TOKENIZER, read_meta
+from devices import keys, start
+from run import checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def share(folder: Path, meta: dict, ids: list[int], into: Path) -> None:
+    """A data set with the text of these users of another one, numbered from 0."""
+    into.mkdir(parents=True)
+    for new, i in enumerate(ids):
+        for split in ('train', 'valid', 'test'):
+            shutil.copy(folder / f'user{i}_{split}.bin', into / f'user{new}_{split}.bin')
+    part = {key: [meta[key][i] for i in ids] for key in ('users', 'overlap') if key in meta}
+    (into / 'meta.json').write_text(json.dumps({**meta, **part}))
+    if (folder / TOKENIZER).exists():
+        shutil.copy(folder / TOKENIZER, into)
+
+
+class Federation:
+    """Processes that end with this one, and what they say in folder/NAME.log. Threads: 1 each, so that bits are the same."""
+
+    def __init__(self, folder: Path, argv: list[str], names: list[str], **more: str):
+        self.folder, self.argv, self.names, self.port, self.processes = folder, argv, names, start.free_port(), {}
+        self.env = {**os.environ, 'OMP_NUM_THREADS': '1', **more}
+
+    def begin(self, name: str, *command: str, **more: str) -> subprocess.Popen:
+        log, env = open(self.folder / f'{name}.log', 'ab'), {**self.env, **more}
+        command = [
+            sys.executable,
+            str(ROOT / 'devices/start.py'),
+            *map(str, command),
+            f'--keys={self.folder / "keys"}',
+            '--tied',
+        ]
+        self.processes[name] = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=env, start_new_session=True)
+        return self.processes[name]
+
+    def server(self) -> None:
+        self.begin('server', 'server', self.folder / 'server', f'--port={self.port}')
+        self.wait_for('server', f'{self.names[-1]} may come in')
+
+    def wait_for(self, name: str, text: str, seconds: float = 120, since: int = 0) -> None:
+        until = time.time() + seconds
+        while text not in self.said(name)[since:]:
+            if time.time() > until or self.processes[name].poll() is not None:
+                raise RuntimeError(f'{name} did not say {text!r}: {self.folder}/{name}.log')
+            time.sleep(0.1)
+
+    def said(self, name: str) -> str:
+        file = self.folder / f'{name}.log'
+        return file.read_text(errors='replace') if file.exists() else ''
+
+    def device(self, i: int, **more: str) -> None:
+        name, local = self.names[i], [arg for arg in self.argv if re.match('--(init_from|public_text)=', arg)]
+        where = [f'--dataset={self.folder / f"data{i}"}', '--device=cpu', '--poll=0.3', f'--server=127.0.0.1:{self.port}']
+        self.begin(name, 'device', self.folder / name, f'--name={name}', *where, *local, **more)
+
+    def run(self, *how: str) -> None:
+        self.begin('run', 'run', self.folder / 'server', f'--port={self.port}', *how, *self.argv)
+
+    def lines(self) -> list[dict]:
+        """metrics.jsonl of the server, as far as it is written."""
+        file = self.folder / 'server/metrics.jsonl'
+        return [json.loads(line) for line in file.read_text().splitlines(True) if line[-1] == '\n'] if file.exists() else []
+
+    def stop(self, *names: str, how: int = signal.SIGTERM) -> None:
+        """These processes, or all, with all that they started."""
+        for name in names or [*self.processes]:
+            process = self.processes.pop(name)
+            for number in (how, signal.SIGKILL):
+                try:
+                    os.killpg(process.pid, number)
+                    process.wait(10)
+                except (ProcessLookupError, subprocess.TimeoutExpired):
+                    pass
+        while not names and self.left():
+            time.sleep(0.1)  # what has a session of its own watches its parent
+
+    def left(self) -> list[int]:
+        """Processes that work for this federation, where a system can say so."""
+        found, home = [], f'FLWR_HOME={self.folder}/'.encode()
+        for file in Path('/proc').glob('[0-9]*/environ'):
+            try:
+                found += [int(file.parent.name)] if home in file.read_bytes() else []
+            except OSError:  # it has just ended
+                pass
+        return found
+
+
+def compare(folder: Path, names: list[str]) -> list[str]:
+    """The users whose adapters are not those of the simulator, bit for bit."""
+
+    def same(name: str, i: int) -> bool:
+        files = folder / name / 'adapters/user0.safetensors', folder / f'simulator/adapters/user{i}.safetensors'
+        a, b = (checkpoint.read(file)[0] for file in files)
+        return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+    return [name for i, name in enumerate(names) if not same(name, i)]
+
+
+def main(argv: list[str]) -> None:
+    p = parser(__doc__)
+    p.add_argument('--n_users', type=int, default=4)
+    p.add_argument('--deadline', type=float, default=600, help='seconds within which a device has to answer')
+    p.add_argument('--replace', action='store_true', help='an earlier federation in that folder')
+    a, argv = p.parse_known_args(argv)
+    c = configure(argv)
+    folder, data, N = Path(f'{c.out_dir}-devices').resolve(), folder_of(c.dataset), a.n_users
+    try:
+        meta = read_meta(data)
+        if N > len(meta['users']):
+            raise ValueError(f'--n_users={N}: {c.dataset} has {len(meta["users"])}')
+        if folder.exists() and not (a.replace and (folder / 'keys/users.json').exists()):
+            raise ValueError(
+                f'{folder} exists: take it away, or give --replace for an earlier federation, or another --out_dir'
+            )
+        shutil.rmtree(folder, ignore_errors=True)
+        for i in range(N):
+            share(data, meta, [i], folder / f'data{i}')
+        share(data, meta, [*range(N)], folder / 'data')
+    except (OSError, ValueError) as error:
+        die(error)
+    names = [re.sub(r'[^A-Za-z0-9]+', '-', user['name'])[:30] for user in meta['users'][:N]]
+    names = names if len({*names, '', 'server', 'ca', 'run'}) == N + 4 else [f'user-{i}' for i in range(N)]
+    base = str((ROOT / c.init_from).resolve()) if (ROOT / c.init_from).exists() else c.init_from
+    argv = [str(Path(arg).resolve()) if arg.endswith('.py') else arg for arg in argv] + [f'--init_from={base}', '--device=cpu']
+    keys.main([str(folder / 'keys'), *names])
+    federation = Federation(folder, argv, names)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        federation.server()
+        for i in range(N):
+            federation.device(i)
+        federation.run(f'--deadline={a.deadline}', f'--least={N}')
+        bar = tqdm(total=c.rounds, unit='round', disable=None)
+        while federation.processes['run'].poll() is None:
+            time.sleep(0.3)
+            for line in [line for line in federation.lines() if line['kind'] == 'round'][bar.n :]:
+                bar.update()
+                bar.set_postfix({'test ppl': cell(line['test_ppl']), 'kB up': line['bytes_up'] // 1000})
+                if bar.disable:
+                    bar.n = line['round']
+                    print(f'round {bar.n}/{c.rounds}  test perplexity {cell(line["test_ppl"])}', flush=True)
+        bar.close()
+        if federation.processes['run'].returncode:
+            sys.exit(f'the run has failed: {folder}/run.log\n' + federation.said('run')[-1500:])
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        federation.stop()
+    told = json.loads((folder / 'server/summary.json').read_text())['test_ppl']
+    columns = ['pretrained', 'trained', 'aggregated']
+    print(table(['test perplexity', *columns], [[name, *(told[name][key] for key in columns)] for name in (*names, 'mean')]))
+    print('the simulator does the same run ...', flush=True)
+    command = [
+        sys.executable,
+        str(ROOT / 'train.py'),
+        *argv,
+        f'--dataset={folder / "data"}',
+        f'--out_dir={folder / "simulator"}',
+    ]
+    subprocess.run([*command, '--quiet'], env=federation.env, stdout=subprocess.DEVNULL, check=True)
+    if other := compare(folder, names):
+        sys.exit(f'the adapters of {", ".join(other)} are not those of the simulator')
+    print(f'the adapters of all {N} devices equal those of the simulator, bit for bit')
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

@@ -1,0 +1,239 @@
+"""The server: Flower's ServerApp around `federate.admit` and `federate.combine`. It holds the frozen base, which all know, what
+is averaged, and what it made for single users; never text, a router, a specialist or an optimizer's state.
+
+    run.json         the switches of the run; deadline, the seconds that a question may take; least, how many must answer
+    checkpoint/      round-{t}.safetensors of the last finished round and the one before it: whoever dies, it goes on there
+    metrics.jsonl    rounds, refusals, trust; at the end adapters/server.safetensors, and summary.json with perplexities
+
+A user is a name with a key (`users.json`, NAME.pub), and its number is its place in that list. Flower says whose key signed
+what comes; a message in another's name is refused."""
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from flwr.app import Context, Message
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from messages import packed, unpacked
+
+import federate
+from configurator import configure, fit, mean, read_json, table, to_json
+from federate import LEAVES, ONE_MODEL, Tensors, n_bytes, truncate
+from llama import load_base
+from model import fingerprint
+from run import checkpoint
+from run.checkpoint import part
+from run.fleet import Fleet, public_windows
+from run.journal import FREE
+from user import start_of
+
+app = ServerApp()
+NOT_TOLD = (*FREE, 'public_text')  # switches about where things are on this machine
+QUESTION = {'train': 'train', 'evaluate': 'evaluate', 'judge': 'query.judge', 'predict': 'query.predict'}
+
+
+class Server:
+    def __init__(self, grid: Grid, folder: Path):
+        """Raises ValueError or OSError, one line. The run in the folder, if it is this one, goes on after its last round."""
+        self.grid, self.folder, self.t, self.rounds = grid, folder, 0, folder / 'checkpoint'
+        plan = read_json(folder / 'run.json', 'argv', 'deadline', 'least', 'keys')
+        self.keys, self.deadline, self.least, self.given = Path(plan['keys']), plan['deadline'], plan['least'], plan['argv']
+        self.rounds.mkdir(exist_ok=True)
+        self.lock = checkpoint.lock(folder / '.lock')
+        if not self.lock:
+            raise ValueError(f'another run is at work in {folder}')
+        c = configure(self.given)
+        self.base = load_base(c.init_from)
+        self.settle()
+        V, public = self.base.config.vocab_size, None
+        if self.c.public_text:
+            file = self.base.tokenizer
+            meta = {'tokenizer': 'bytes' if V == 257 else 'gpt2'}
+            meta |= {'tokenizer_sha256': hashlib.sha256(file.read_bytes()).hexdigest()} if file else {}
+            public = public_windows(self.c, SimpleNamespace(folder=file and file.parent, meta=meta))
+        like = torch.empty(0 if public is None else public.numel(), min(100, V))
+        self.top = {'ids': like.int(), 'values': like.half()}
+        public = '' if public is None else hashlib.sha256(public.numpy().tobytes()).hexdigest()
+        self.start = start_of(self.c, self.base)
+        self.asked = {name: v for name, v in self.start.items() if name[-1] in LEAVES.get(c.aggregate, 'AB')}
+        self.identity = {'base': fingerprint(self.base), 'public': public}
+        self.identity['switches'] = json.dumps({key: value for key, value in vars(c).items() if key not in NOT_TOLD})
+        self.last, self.n_train, self.own, self.stacks, self.ppl, self.lines = {}, {}, {}, {}, {}, 0
+        self.model = Fleet.first(self)  # what everybody's first round starts from
+        if done := checkpoint.rounds(self.rounds):
+            self.resume(*checkpoint.read(checkpoint.round_file(self.rounds, done[-1])))
+        with open(folder / 'metrics.jsonl', 'ab') as f:
+            f.truncate(self.lines)
+
+    def settle(self) -> None:
+        """Who the users are by now, and the switches with an entry for each."""
+        self.names = read_json(self.keys / 'users.json', 'users')['users']
+        self.N = len(self.names)
+        self.c = fit(configure(self.given), self.N, self.base.config.n_positions)
+        self.c.vocab_size = self.base.config.vocab_size
+
+    # ---- the folder --------------------------------------------------------------------------------------------------
+    def resume(self, tensors: Tensors, facts: dict) -> None:
+        if facts['identity'] != self.identity:
+            raise ValueError(f'{self.folder} holds a run with other switches or another base: give another folder')
+        self.t, self.lines, self.model = facts['round'], facts['lines'], part(tensors, 'server/')
+        self.last, self.n_train, self.ppl = ({int(i): v for i, v in facts[key].items()} for key in ('last', 'n_train', 'ppl'))
+        for kind, where in (('own', self.own), ('stack', self.stacks)):
+            for key in (key for key in tensors if key.startswith(kind)):
+                number, _, name = key.removeprefix(kind).partition('/')
+                where.setdefault(int(number), {})[name] = tensors[key]
+
+    def save(self) -> None:
+        """Round self.t is over: from now on the run goes on after it. The one before it is kept, too."""
+        tensors = {f'server/{name}': v for name, v in self.model.items()}
+        for kind, where in (('own', self.own), ('stack', self.stacks)):
+            tensors |= {f'{kind}{i}/{name}': v for i, found in where.items() for name, v in found.items()}
+        facts = {'round': self.t, 'last': self.last, 'n_train': self.n_train, 'ppl': self.ppl, 'identity': self.identity}
+        facts |= {'lines': (self.folder / 'metrics.jsonl').stat().st_size}
+        checkpoint.save(checkpoint.round_file(self.rounds, self.t), tensors, facts)
+        checkpoint.remove_others(self.rounds, (self.t, {}), (self.t - 1, {}))
+
+    def log(self, kind: str, values: dict) -> None:
+        with open(self.folder / 'metrics.jsonl', 'a') as f:
+            f.write(to_json({'kind': kind, 'round': self.t + 1, **values}) + '\n')
+
+    def say(self, text: str) -> None:
+        print(f'round {self.t + 1}: {text}', flush=True)
+
+    # ---- who is there, and the one place where they are asked ----------------------------------------------------------
+    def online(self) -> dict[int, int]:
+        """{user: Flower's number for the node whose key is the user's} of those that can be reached now."""
+        whose = {node.public_key: node.node_id for node in self.grid.get_nodes()}
+        keys = {i: load_ssh_public_key((self.keys / f'{name}.pub').read_bytes()) for i, name in enumerate(self.names)}
+        return {i: whose[raw] for i, key in keys.items() if (raw := public_key_to_bytes(key)) in whose}
+
+    def send(self, question: str, letters: dict[int, Tensors], **facts: object) -> list[tuple[int, Tensors, dict]]:
+        """[(user, tensors, facts)] of who answers before the deadline, in the order in which they come."""
+        nodes, messages, until, came = self.online(), {}, time.time() + self.deadline, []
+        facts |= {'round': self.t, 'users': self.N, **self.identity}
+        for i in (i for i in letters if i in nodes):
+            told = packed(letters[i], {**facts, 'user': i, 'last': self.last.get(i, 0)})
+            messages[i] = Message(told, nodes[i], QUESTION[question], ttl=self.deadline, group_id=str(self.t + 1))
+            self.bytes[1] += n_bytes(letters[i])
+        waiting = dict(zip(self.grid.push_messages([*messages.values()]), messages)) if messages else {}
+        while waiting and time.time() < until:
+            for reply in self.grid.pull_messages([*waiting]):
+                i = waiting.pop(reply.metadata.reply_to_message_id)
+                if reply.has_error():
+                    self.say(f'{self.names[i]} could not {question}: {reply.error.reason[:200]}')
+                else:
+                    came.append((i, *unpacked(reply.content)))
+                    self.bytes[0] += sum(n_bytes({name: v}) for name, v in came[-1][1].items() if v is not None)
+            time.sleep(0.2)
+        for i in waiting.values():
+            self.say(f'{self.names[i]} is late: the others go on')
+        return came
+
+    def ask(self, question: str, ids: list[int], updates: dict | None = None, **facts: object) -> dict[int, Tensors]:
+        """{user: its answer}; what cannot be used is left out, with a line about each."""
+        letters = {i: {f'{j}/{name}': v for j, theirs in (updates or {}).items() for name, v in theirs.items()} for i in ids}
+        if question == 'train':
+            letters = {i: self.letter(i) for i in ids}
+        came, others, messages = self.send(question, letters, **facts), [], []
+        for i, tensors, facts in came:
+            if facts.get('user') != self.names[i]:
+                others.append((i, f'it says that it is {facts.get("user")!r:.40}'))
+                continue
+            messages.append((i, facts.get('round'), tensors))
+            if question == 'train':
+                self.arrived.append(i)
+                tokens, ppl = facts.get('tokens'), facts.get('ppl')
+                self.n_train[i] = tokens if type(tokens) is int and 0 < tokens < 2**40 else 1
+                self.ppl |= {i: ppl} if type(ppl) is float else {}
+        if question == 'judge':
+            return self.judged(ids, messages, len(updates))
+        expected = {i: truncate(self.asked, self.c.lora_rank[i]) if question == 'train' else self.top for i in ids}
+        how = {'lower_rank': self.c.aggregate == 'hetlora', 'vocab_size': self.c.vocab_size}
+        answers, refused = federate.admit(messages, self.t, expected, **how)
+        for i, why in (refused := others + refused):
+            self.say(f'what {self.names[i]} sent is refused ({why}): the others go on without it')
+        if refused:
+            self.log('refused', {'users': [i for i, _ in refused], 'why': [why for _, why in refused]})
+        return answers
+
+    def judged(self, ids: list[int], messages: list[tuple], n: int) -> dict[int, Tensors]:
+        """The perplexities, of which infinity is a legal one. Who did not judge in time, or sent something else, trusts all
+        alike: it changes that user's own average and no other."""
+        rows = {i: {'ppl': torch.ones(n)} for i in ids}
+        for i, t, sent in messages:
+            ppl = sent.get('ppl')
+            if t == self.t and [*sent] == ['ppl'] and ppl is not None and (ppl.dtype, ppl.shape) == (torch.float32, (n,)):
+                rows[i] = sent if (ppl > 0).all() else rows[i]  # NaN is not above 0
+        return rows
+
+    def letter(self, i: int) -> Tensors:
+        """What user i starts its round from: everybody's tensors, what was made for it alone, FLoRA's stacks that it lacks."""
+        tensors = {f'server/{name}': v for name, v in self.model.items()}
+        tensors |= {f'own/{name}': v for name, v in self.own.get(i, {}).items()}
+        for r in range(max(0, self.last.get(i, 0) - 1), self.t) if self.stacks else ():
+            tensors |= {f'stack{r}/{name}': v for name, v in self.stacks.get(r, {}).items()}
+        return tensors
+
+    # ---- the run -----------------------------------------------------------------------------------------------------
+    def round(self) -> None:
+        """Asks until enough have answered; a round that too few answered is asked again, from the same start."""
+        c, first = self.c, time.time() + self.deadline
+        chosen = Fleet.sample(self, max(1, round(c.participation * self.N)), self.t, 0, 2)
+        while True:
+            there, self.bytes, self.arrived = self.online(), [0, 0], []
+            here = [i for i in chosen if i in there]
+            if len(here) < (len(chosen) if time.time() < first and self.waits else min(self.least, len(chosen))):
+                time.sleep(1)
+                continue
+            test = (self.t + 1) % c.eval_every == 0 or self.t + 1 == c.rounds
+            updates = self.ask('train', here, test=test)
+            if len(updates) >= min(self.least, len(chosen)):
+                break
+            self.say(f'{len(updates)} answered, {self.least} are needed: asked again')
+            time.sleep(min(5, self.deadline))
+        c.n_train = [self.n_train.get(i, 1) for i in range(self.N)]
+        made, own = federate.combine(c, self.t, self.model, updates, self.ask, self.log)
+        if c.aggregate == 'flora':
+            self.stacks[self.t], made = made, {}
+        self.model, present = made, sorted({*self.arrived})
+        for i in present:
+            self.own[i] = own.get(i, {})
+        self.last |= dict.fromkeys(present, self.t + 1)
+        told = [self.ppl[i] for i in present if i in self.ppl]
+        self.log('round', {'users': present, 'bytes_up': self.bytes[0], 'bytes_down': self.bytes[1], 'test_ppl': mean(told)})
+        self.t, self.waits = self.t + 1, False
+        self.save()
+
+    def run(self) -> None:
+        self.waits = True  # for everybody, before the first round of this process
+        if not self.t:
+            self.save()
+        while self.t < self.c.rounds:
+            self.settle()
+            self.round()
+            print(f'round {self.t}/{self.c.rounds} is over', flush=True)
+        self.bytes = [0, 0]
+        came = self.send('evaluate', {i: self.letter(i) for i in self.last})
+        told = {i: facts for i, _, facts in came if facts.get('user') == self.names[i]}
+        columns = ('pretrained', 'trained', 'aggregated')
+        rows = [[self.names[i], *(told[i].get(key) for key in columns)] for i in sorted(told)]
+        rows.append(['mean', *(mean([row[k] for row in rows]) for k in (1, 2, 3))])
+        (self.folder / 'adapters').mkdir(exist_ok=True)
+        if self.c.aggregate in ONE_MODEL:
+            file = self.folder / 'adapters/server.safetensors'
+            checkpoint.save(file, Fleet.model_for_all(self, self.model), {}, base=self.c.init_from, round=str(self.t))
+        summary = {'rounds': self.t, 'users': self.names, 'test_ppl': {row[0]: dict(zip(columns, row[1:])) for row in rows}}
+        text = to_json(summary, indent=1)
+        checkpoint.write_atomically(self.folder / 'summary.json', lambda path: path.write_text(text))
+        print(table(['test perplexity', *columns], rows), flush=True)
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    Server(grid, Path(os.environ['FEDERATION'])).run()

@@ -1,0 +1,179 @@
+"""Starts Flower's processes, always with TLS and keys (devices/keys.py), and without telemetry, update checks or installations.
+
+    python devices/start.py server my/server --keys=my/keys --host=0.0.0.0             # the server; 127.0.0.1 by default
+    python devices/start.py device my/ada --keys=my/keys --name=ada --server=192.168.1.10:8443 --init_from=BASE --dataset=MINE
+    python devices/start.py run my/server --keys=my/keys config/demo.py --rounds=10     # beside the server; again: it goes on
+
+They run until Ctrl-C, `run` to the end of the run. Off the server's machine only what devices need is answered: Flower's other
+routes would let everybody start runs."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from configurator import configure, die, parser, read_json
+
+HERE = Path(__file__).resolve().parent
+CANNOT = {  # switches that only the simulator has, and why
+    'pooled': (False, 'all text would be in one place'),
+    'target': ('own', "the text would be everybody's"),
+    'failures': (0.0, 'devices fail by themselves'),
+    'attack': ('none', 'devices attack by themselves'),
+    'init_adapter': ('', 'every device would need the adapter'),
+}
+
+
+def environment(folder: Path, **more: str) -> dict:
+    """Of every process: silent, at home in the folder, and with this checkout's server and client."""
+    quiet = {'FLWR_TELEMETRY_ENABLED': '0', 'FLWR_DISABLE_UPDATE_CHECK': '1', 'FLWR_SUPEREXEC_TASK_POLL_INTERVAL': '0.2'}
+    path = os.pathsep.join([str(HERE / 'bin'), str(Path(sys.executable).parent), os.environ.get('PATH', '')])
+    return {**os.environ, **quiet, 'PATH': path, 'FLWR_HOME': str((folder / 'flower').resolve()), **more}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def settings(a: SimpleNamespace) -> None:
+    """The file in which Flower's commands look up where the server is."""
+    (a.folder / 'flower').mkdir(parents=True, exist_ok=True)
+    lines = ['[superlink]', 'default = "home"', '[superlink.home]', f'address = "127.0.0.1:{a.port}"']
+    lines.append(f'root-certificates = {json.dumps(str((a.keys / "ca.pem").resolve()))}')
+    (a.folder / 'flower/config.toml').write_text('\n'.join(lines) + '\n')
+
+
+class DevicesOnly:
+    """Off this machine no route is answered but those that a SuperNode signs its requests to."""
+
+    def __init__(self, app: Callable):
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        here = scope['type'] != 'http' or scope['client'][0] in ('127.0.0.1', '::1')
+        if here or scope['path'].startswith('/v1/fleet/'):
+            return await self.app(scope, receive, send)
+        await send({'type': 'http.response.start', 'status': 403, 'headers': []})
+        await send({'type': 'http.response.body', 'body': b''})
+
+
+def admit_keys(keys: Path) -> None:
+    """Tells the server every user's public key, also of those that come later."""
+    from flwr.cli.flower_config import read_superlink_connection
+    from flwr.cli.supernode.register import try_load_public_key
+    from flwr.cli.utils import init_http_client_from_connection
+    from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest
+
+    known, told = None, set()
+    while True:
+        try:
+            if known is None:
+                client = init_http_client_from_connection(read_superlink_connection('home'))
+                known = {node.public_key for node in client.ListNodes(ListNodesRequest()).nodes_info}
+            for name in read_json(keys / 'users.json', 'users')['users']:
+                if (key := try_load_public_key(keys / f'{name}.pub')) not in known:
+                    client.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
+                    known.add(key)
+                if name not in told:
+                    print(f'{name} may come in', flush=True)
+                    told.add(name)
+        except Exception as error:  # not yet up, or a file that is being written: tried again
+            if known is not None:
+                print(f'keys: {error}', flush=True)
+        time.sleep(1)
+
+
+def server(a: SimpleNamespace) -> None:
+    if a.host not in ('127.0.0.1', '0.0.0.0'):
+        die(f'--host={a.host}: expected 127.0.0.1, this machine alone, or 0.0.0.0, every machine that reaches it')
+    settings(a)
+    os.environ.update(environment(a.folder, FEDERATION=str(a.folder.resolve())))
+    from flwr.superlink import extensions
+    from flwr.superlink.cli.flower_superlink import flower_superlink
+    from starlette.middleware import Middleware
+
+    extensions.get_middleware = lambda: (Middleware(DevicesOnly),)
+    threading.Thread(target=admit_keys, args=[a.keys], daemon=True).start()
+    sys.argv = ['flower-superlink', f'--host={a.host}', f'--port={a.port}', '--disable-runtime-dependency-installation']
+    sys.argv += [f'--ssl-certfile={a.keys / "server.pem"}', f'--ssl-keyfile={a.keys / "server.key"}']
+    sys.argv += [f'--ssl-ca-certfile={(a.keys / "ca.pem").resolve()}', '--enable-supernode-auth']
+    sys.argv += [f'--database={(a.folder / "flower/state.db").resolve()}']
+    flower_superlink()
+
+
+def device(a: SimpleNamespace) -> None:
+    here = {'folder': str(a.folder.resolve()), 'name': a.name, 'init_from': a.init_from, 'dataset': str(Path(a.dataset))}
+    here |= {key: getattr(a, key) for key in ('public_text', 'device') if getattr(a, key)}
+    a.folder.mkdir(parents=True, exist_ok=True)
+    os.environ.update(environment(a.folder, DEVICE=json.dumps(here)))
+    from flwr.supernode import start_client_internal
+    from flwr.supernode.cli import flower_supernode
+
+    start_client_internal.time = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, a.poll)))
+    sys.argv = ['flower-supernode', f'--superlink={a.server}', f'--root-certificates={a.keys / "ca.pem"}']
+    sys.argv += [f'--auth-supernode-private-key={a.keys / (a.name + ".key")}', f'--port={free_port()}']
+    flower_supernode()
+
+
+def run(a: SimpleNamespace, rest: list[str]) -> None:
+    c = configure(rest)
+    for name, (only, why) in CANNOT.items():
+        if getattr(c, name) != only:
+            die(f'--{name}={getattr(c, name)}: not on devices, {why}')
+    settings(a)
+    plan = {'argv': rest, 'deadline': a.deadline, 'least': a.least, 'keys': str(a.keys.resolve())}
+    (a.folder / 'run.json').write_text(json.dumps(plan))
+    command = ['flwr', 'run', str(HERE), 'home', '--stream']
+    (a.folder / 'summary.json').unlink(missing_ok=True)
+    subprocess.run(command, env=environment(a.folder))  # says 0 of a run that failed, too
+    sys.exit(not (a.folder / 'summary.json').exists())
+
+
+def end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main(argv: list[str]) -> None:
+    p = parser(__doc__)
+    p.add_argument('what', choices=('server', 'device', 'run'))
+    p.add_argument('folder', type=Path)
+    p.add_argument('--keys', type=Path, required=True)
+    p.add_argument('--port', type=int, default=8443, help='of the server')
+    p.add_argument('--tied', action='store_true', help='end when the process ends that started this one')
+    p.add_argument('--host', default='127.0.0.1', help='server: who can reach it')
+    if argv[:1] != ['run']:  # whose --init_from is the switch
+        p.add_argument('--name', help='device: of the user whose key it has')
+        p.add_argument('--server', default='127.0.0.1:8443', help='device: where the server is')
+        p.add_argument('--init_from', help='device: where the base is')
+        p.add_argument('--dataset', help='device: the folder that data/prepare.py made of its text')
+        p.add_argument('--poll', type=float, default=3, help='device: seconds until it looks for a message again, 3 at most')
+        p.add_argument('--public_text', help='device: the file that all have, for rules that need one')
+        p.add_argument('--device', help='device: cpu, cuda, mps')
+    p.add_argument('--deadline', type=float, default=3600, help='run: seconds within which a device has to answer')
+    p.add_argument('--least', type=int, default=1, help='run: how many devices must answer for a round to count')
+    a, rest = p.parse_known_args(argv)
+    if not (a.keys / 'ca.pem').exists():
+        die(f'{a.keys} has no ca.pem: python devices/keys.py {a.keys} NAME ...')
+    if a.tied:
+        threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
+    if a.what == 'run':
+        return run(a, rest)
+    if rest:
+        die(f'{rest[0]}: only `run` takes switches')
+    server(a) if a.what == 'server' else device(a)
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
