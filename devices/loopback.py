@@ -79,7 +79,7 @@ class Federation:
         self.begin(name, 'device', self.folder / name, f'--name={name}', *where, *local, **more)
 
     def run(self, *how: str) -> None:
-        self.begin('run', 'run', self.folder / 'server', f'--port={self.port}', *how, *self.argv)
+        self.begin('run', 'run', self.folder / 'server', f'--port={self.port}', *how)
 
     def lines(self) -> list[dict]:
         """metrics.jsonl of the server, as far as it is written."""
@@ -154,7 +154,7 @@ def main(argv: list[str]) -> None:
         federation.server()
         for i in range(N):
             federation.device(i)
-        federation.run(f'--deadline={a.deadline}', f'--least={N}')
+        federation.run(f'--deadline={a.deadline}', f'--least={N}', *argv)
         bar = tqdm(total=c.rounds, unit='round', disable=None)
         while federation.processes['run'].poll() is None:
             time.sleep(0.3)

@@ -121,17 +121,19 @@ class Server:
             told = packed(letters[i], {**facts, 'user': i, 'last': self.last.get(i, 0)})
             messages[i] = Message(told, nodes[i], QUESTION[question], ttl=self.deadline, group_id=str(self.t + 1))
             self.bytes[1] += n_bytes(letters[i])
-        waiting = dict(zip(self.grid.push_messages([*messages.values()]), messages)) if messages else {}
+        whose = dict(zip(self.grid.push_messages([*messages.values()]), messages)) if messages else {}
+        waiting = set(whose)
         while waiting and time.time() < until:
-            for reply in self.grid.pull_messages([*waiting]):
-                i = waiting.pop(reply.metadata.reply_to_message_id)
+            for reply in self.grid.pull_messages(waiting):
+                i = whose[reply.metadata.reply_to_message_id]
+                waiting.discard(reply.metadata.reply_to_message_id)
                 if reply.has_error():
                     self.say(f'{self.names[i]} could not {question}: {reply.error.reason[:200]}')
                 else:
                     came.append((i, *unpacked(reply.content)))
                     self.bytes[0] += sum(n_bytes({name: v}) for name, v in came[-1][1].items() if v is not None)
             time.sleep(0.2)
-        for i in waiting.values():
+        for i in sorted(whose[letter] for letter in waiting):
             self.say(f'{self.names[i]} is late: the others go on')
         return came
 

@@ -141,8 +141,8 @@ def pytest_terminal_summary(terminalreporter):
         f'{len(found)} look-ups of other machines by {len(terminalreporter.stats.get("passed", ()))} tests',
         not found,
     )
-    for name, (reached, ok) in sorted(FIGURES.items(), key=lambda item: int(item[0][1:])):
-        if LONG or name == 'R20':
+    for name, (reached, ok) in sorted(FIGURES.items(), key=lambda item: (item[0][0], int(item[0][1:]))):
+        if LONG or name == 'R20' or name[0] == 'D':
             write(f'{name:4} {"met   " if ok else "MISSED"} {reached}')
     for line in sorted(set(found)):
         write(f'     {line}')
