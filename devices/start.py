@@ -116,9 +116,10 @@ def device(a: SimpleNamespace) -> None:
     here |= {key: getattr(a, key) for key in ('public_text', 'device') if getattr(a, key)}
     a.folder.mkdir(parents=True, exist_ok=True)
     os.environ.update(environment(a.folder, DEVICE=json.dumps(here)))
-    from flwr.supernode import start_client_internal
+    from flwr.supernode import fleet_http_connection, start_client_internal
     from flwr.supernode.cli import flower_supernode
 
+    fleet_http_connection.HEARTBEAT_DEFAULT_INTERVAL = 10  # who is silent for twice as long is taken for gone
     start_client_internal.time = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, a.poll)))
     sys.argv = ['flower-supernode', f'--superlink={a.server}', f'--root-certificates={a.keys / "ca.pem"}']
     sys.argv += [f'--auth-supernode-private-key={a.keys / (a.name + ".key")}', f'--port={free_port()}']
@@ -158,6 +159,7 @@ def main(argv: list[str]) -> None:
         p.add_argument('--server', default='127.0.0.1:8443', help='device: where the server is')
         p.add_argument('--init_from', help='device: where the base is')
         p.add_argument('--dataset', help='device: the folder that data/prepare.py made of its text')
+        p.add_argument('--once', action='store_true', help='device: do not try again when it is not let in')
         p.add_argument('--poll', type=float, default=3, help='device: seconds until it looks for a message again, 3 at most')
         p.add_argument('--public_text', help='device: the file that all have, for rules that need one')
         p.add_argument('--device', help='device: cpu, cuda, mps')
@@ -172,7 +174,13 @@ def main(argv: list[str]) -> None:
         return run(a, rest)
     if rest:
         die(f'{rest[0]}: only `run` takes switches')
-    server(a) if a.what == 'server' else device(a)
+    if a.what == 'server':
+        return server(a)
+    if a.once:
+        return device(a)
+    # the server lets a key in once, and takes 20 seconds to see that the process that had it is gone: it is tried again
+    while subprocess.call([sys.executable, __file__, *argv, '--once', '--tied']):
+        time.sleep(5)
 
 
 if __name__ == '__main__':
