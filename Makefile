@@ -1,5 +1,6 @@
 # make demo      set up .venv, prepare the demo's text, train four runs, print one table and draw their curves (under 5 minutes)
 # make real      the same with SmolLM2-135M, a real language model, and its words (30 minutes at most; interrupted, it goes on)
+# make devices   four devices and a server as real processes, over Flower, on the demo's text: to the bits of the simulator
 # make test      set up .venv with the test tools and run the tests (under 5 minutes on two cores)
 # make test-all  every test in its long form (about a quarter of an hour); CI runs lint and this
 # make reliability   the long form of every reliability figure, and their table (about 15 minutes)
@@ -13,7 +14,7 @@ RUNS = local fedavg 1g1s-own 1g1s-mixture
 DEMO = $(RUNS:%=out/demo-%)
 REAL = $(RUNS:%=out/real-%)
 
-.PHONY: demo real test test-all lint reliability clean
+.PHONY: demo real devices test test-all lint reliability clean
 
 define table
 	@echo '== Test perplexity of every user. Local and FedAvg never look at validation text, so one run serves both targets.'
@@ -27,6 +28,10 @@ demo: $(DEMO:=/summary.json)
 real: $(REAL:=/summary.json)
 	$(call table,$(REAL))
 	@$(PY) tools/routing.py out/real-1g1s-own
+
+devices: .venv/devices-ready data/demo/meta.json
+	@echo '== A federation of four devices on this machine: out/demo-devices'
+	@$(PY) devices/loopback.py config/demo.py --n_users=4 --replace
 
 %-local/summary.json: ARGS = --method=local
 %-fedavg/summary.json: ARGS = --method=fedavg
@@ -83,9 +88,14 @@ lint: .venv/test-ready
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-real.txt
 	@touch $@
 
-.venv/test-ready: .venv/run-ready requirements-dev.txt
+.venv/devices-ready: .venv/run-ready requirements-devices.txt
+	@echo '== Adding Flower'
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-devices.txt
+	@touch $@
+
+.venv/test-ready: .venv/run-ready requirements-dev.txt requirements-devices.txt
 	@echo '== Adding the test tools'
-	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -r requirements-devices.txt
 	@touch $@
 
 clean:

@@ -116,10 +116,12 @@ def device(a: SimpleNamespace) -> None:
     here |= {key: getattr(a, key) for key in ('public_text', 'device') if getattr(a, key)}
     a.folder.mkdir(parents=True, exist_ok=True)
     os.environ.update(environment(a.folder, DEVICE=json.dumps(here)))
+    from flwr.supercore import heartbeat
     from flwr.supernode import fleet_http_connection, start_client_internal
     from flwr.supernode.cli import flower_supernode
 
-    fleet_http_connection.HEARTBEAT_DEFAULT_INTERVAL = 10  # who is silent for twice as long is taken for gone
+    for module in (heartbeat, fleet_http_connection):
+        module.HEARTBEAT_DEFAULT_INTERVAL = 10  # who is silent for twice as long is taken for gone
     start_client_internal.time = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, a.poll)))
     sys.argv = ['flower-supernode', f'--superlink={a.server}', f'--root-certificates={a.keys / "ca.pem"}']
     sys.argv += [f'--auth-supernode-private-key={a.keys / (a.name + ".key")}', f'--port={free_port()}']
