@@ -75,7 +75,7 @@ class Federation:
 
     def device(self, i: int, **more: str) -> None:
         name, local = self.names[i], [arg for arg in self.argv if re.match('--(init_from|public_text)=', arg)]
-        where = [f'--dataset={self.folder / f"data{i}"}', '--device=cpu', '--poll=0.3', f'--server=127.0.0.1:{self.port}']
+        where = [f'--dataset={self.folder / f"data{i}"}', '--device=cpu', '--poll=0.5', f'--server=127.0.0.1:{self.port}']
         self.begin(name, 'device', self.folder / name, f'--name={name}', *where, *local, **more)
 
     def run(self, *how: str) -> None:
@@ -88,14 +88,15 @@ class Federation:
 
     def stop(self, *names: str, how: int = signal.SIGTERM) -> None:
         """These processes, or all, with all that they started."""
-        for name in names or [*self.processes]:
-            process = self.processes.pop(name)
-            for number in (how, signal.SIGKILL):
+        going, until = [self.processes.pop(name) for name in names or [*self.processes]], time.time() + 5
+        for number in (how, signal.SIGKILL):
+            for process in going:
                 try:
                     os.killpg(process.pid, number)
-                    process.wait(10)
-                except (ProcessLookupError, subprocess.TimeoutExpired):
+                except ProcessLookupError:
                     pass
+            while any(process.poll() is None for process in going) and (number == signal.SIGKILL or time.time() < until):
+                time.sleep(0.05)
         while not names and self.left():
             time.sleep(0.1)  # what has a session of its own watches its parent
 

@@ -34,7 +34,7 @@ CANNOT = {  # switches that only the simulator has, and why
 
 def environment(folder: Path, **more: str) -> dict:
     """Of every process: silent, at home in the folder, and with this checkout's server and client."""
-    quiet = {'FLWR_TELEMETRY_ENABLED': '0', 'FLWR_DISABLE_UPDATE_CHECK': '1', 'FLWR_SUPEREXEC_TASK_POLL_INTERVAL': '0.2'}
+    quiet = {'FLWR_TELEMETRY_ENABLED': '0', 'FLWR_DISABLE_UPDATE_CHECK': '1', 'FLWR_SUPEREXEC_TASK_POLL_INTERVAL': '0.5'}
     path = os.pathsep.join([str(HERE / 'bin'), str(Path(sys.executable).parent), os.environ.get('PATH', '')])
     return {**os.environ, **quiet, 'PATH': path, 'FLWR_HOME': str((folder / 'flower').resolve()), **more}
 
