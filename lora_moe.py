@@ -14,15 +14,19 @@
 
 This equals Σ_j w_j MLP_j(x), where expert j is the whole MLP with its own LoRA on both linears, because F x is common to
 all experts and P is linear (METHOD 1.1; tests/test_lora_moe.py compares output and gradients with the plain sum, and
-tools/bench.py times it against that sum).
+tools/bench.py times it against that sum). The MLP of a Llama has two linears that read x: with g_j and u_j made like h_j
+above, of gate and of up, a_j = w_j · silu(g_j) * u_j, and P is down.
 
-Shapes: N = B*T tokens, C = n_embd, E experts, K = min(top_k, E) active experts, r LoRA rank, L layers.
+Shapes: N = B*T tokens, C = n_embd, I = 4C (of a Llama intermediate_size), E experts, K = min(top_k, E) active experts,
+r LoRA rank, L layers.
 The names of the tensors tell their roles, and with them what may leave a device:
 
     h.{l}.attn.{c_attn,c_proj}.lora.{A,B}             attention   leaves if share_attention
     h.{l}.mlp.generalists.{j}.{c_fc,c_proj}.{A,B}     generalist  leaves
     h.{l}.mlp.specialists.{j}.{c_fc,c_proj}.{A,B}     specialist  never leaves
     h.{l}.mlp.router.weight                           router      never leaves
+
+of a Llama attn.{q_proj,k_proj,v_proj,o_proj} and {gate_proj,up_proj,down_proj}.
 """
 
 import copy
