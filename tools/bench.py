@@ -15,7 +15,7 @@ the median of the paired ones and that of the two fastest times, the weaker coun
     fp32, bf16, compiled    seconds of a step of P, ours (1, 2, 4 and 8 experts), the frozen base alone, transformers + PEFT,
                             and of an evaluation
 
---quick is fp32 on 4 x 128 tokens, 3 rounds, two and eight experts, without PEFT. The targets are of docs/speed.md, for
+--quick is fp32 on 4 x 128 tokens, 2 rounds, two and eight experts, without PEFT. The targets are of docs/speed.md, for
 8 x 128 tokens on a CPU. A part during which the machine changed its speed gets no verdict. The last line says which dtype
 makes the faster steps here, once fp32 and bf16 are both known."""
 
@@ -83,7 +83,6 @@ def new_user(base: GPT, n: int) -> GPT:
 
 
 def windows(args: argparse.Namespace) -> int:
-    """Of a step."""
     return 64 if args.device == 'cuda' else 4 if args.quick else 8
 
 
@@ -142,7 +141,7 @@ def peft_step(args: argparse.Namespace, data: tuple, dtype: str) -> Callable:
     else:
         dropout = dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **dropout, bos_token_id=0, eos_token_id=0))
-    where = dict(target_modules='all-linear', fan_in_fan_out=not llama)  # all but the head
+    where = dict(target_modules='all-linear', fan_in_fan_out=not llama)  # without the head
     lora = LoraConfig(r=16, lora_alpha=16, **where, init_lora_weights=False)
     model = get_peft_model(model, lora).to(args.device).train()
     return training_step(lambda x, y: (model(input_ids=x, labels=x).loss, [None]), model.parameters(), data, dtype)
@@ -320,17 +319,10 @@ def figures(name: str, part: dict) -> list[list]:
     """Rows of the last table, out of what a part measured: part, what, target, reached, verdict."""
     base, kind = name.split()
     if kind == 'memory':
-        found = [
-            (
-                f'peak of a step of 64 x 128 in micro-batches, {dtype}',
-                part[f'ours {dtype}, 64 windows by 8'] / 1e9,
-                'GB',
-                max,
-                goal,
-            )
-            for dtype, goal in (('bfloat16', {'gpt2': 1.7}), ('float32', {'smollm2': 2.2}))
-        ]
-        found += [("peak of a step over P's, bfloat16", part['ours bfloat16'] / part['P bfloat16'], 'x', max, {'gpt2': 0.5})]
+        found = [("peak of a step over P's, bfloat16", part['ours bfloat16'] / part['P bfloat16'], 'x', max, {'gpt2': 0.5})]
+        for dtype, goal in (('bfloat16', {'gpt2': 1.7}), ('float32', {'smollm2': 2.2})):
+            peak = part[f'ours {dtype}, 64 windows by 8'] / 1e9
+            found.append((f'peak of a step of 64 x 128 in micro-batches, {dtype}', peak, 'GB', max, goal))
     elif kind == 'train':
         few, many = part['large'], part['large, 2n users']
         added = (many['peak_rss_bytes'] - few['peak_rss_bytes']) / part['n_users'] / few['trainable_params']
@@ -359,11 +351,11 @@ def advice(parts: dict) -> str:
     """Which dtype to choose for each base here, or nothing where fp32 and bf16 are not both known or one was noisy."""
     found = []
     for base in BASES:
-        both = {PARTS[kind]: parts[name] for kind in ('fp32', 'bf16') if (name := f'{base} {kind}') in parts}
-        if len(both) == 2 and not any(map(noisy, both.values())):
-            rate = {dtype: part['tokens'] / statistics.median(part['seconds']['ours n=2']) for dtype, part in both.items()}
-            rates = ', '.join(f'{dtype} {tokens:.0f}' for dtype, tokens in rate.items())
-            found.append(f'{base} --dtype={max(rate, key=rate.get)} (tokens/s: {rates})')
+        both = [parts[name] for name in (f'{base} fp32', f'{base} bf16') if name in parts and not noisy(parts[name])]
+        if len(both) == 2:
+            fp32, bf16 = (part['tokens'] / statistics.median(part['seconds']['ours n=2']) for part in both)
+            best = 'float32' if fp32 > bf16 else 'bfloat16'
+            found.append(f'{base} --dtype={best} (tokens/s: float32 {fp32:.0f}, bfloat16 {bf16:.0f})')
     return f'to train here: {"; ".join(found)}' if found else ''
 
 
@@ -377,9 +369,8 @@ def report(result: dict) -> None:
     print(f'\n{result["machine"]}')
     rows = [row for part in result['parts'].items() for row in figures(*part)]
     print(table(['part', 'what', 'target', 'reached', 'verdict'], rows, left=2))
-    for name, part in result['parts'].items():
-        if noisy(part):
-            print(f'{name}: the machine was noisy, its products changed their speed by more than {NOISE:.0%}: run it again')
+    if any(map(noisy, result['parts'].values())):
+        print(f'noisy: the products changed their speed by more than {NOISE:.0%} during that part; run it again')
 
 
 def machine(args: argparse.Namespace) -> str:
@@ -401,22 +392,20 @@ def size(text: str) -> dict:
 
 def main(argv: list[str]) -> None:
     options = parser(__doc__)
-    options.add_argument('--quick', action='store_true', help='fp32 alone, 4 x 128 tokens, 3 rounds, n = 2 and 8, no PEFT')
+    options.add_argument('--quick', action='store_true', help='fp32 alone, 4 x 128 tokens, 2 rounds, n = 2 and 8, no PEFT')
     options.add_argument('--bases', default=','.join(BASES), help=f'some of {",".join(BASES)}, with commas')
     options.add_argument('--only', help=f'parts to run, with commas: {",".join(PARTS)}')
-    options.add_argument('--rounds', type=int, help='rounds of timing (default 9, 3 with --quick)')
+    options.add_argument('--rounds', type=int, help='rounds of timing (default 9, 2 with --quick)')
     options.add_argument('--users', type=int, default=16, help='as many, and twice as many, to see what a user adds')
     options.add_argument('--size', type=size, default=BASES, metavar='L,H,C,V', help='other layers, heads, width, vocabulary')
     options.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='cpu or cuda')
     options.add_argument('--out', type=Path, default=Path('out/bench.json'), help='what was measured, as JSON')
     args = options.parse_args(argv)
-    chosen = args.only.split(',') if args.only else ['fp32'] if args.quick else [*PARTS]
-    bases = args.bases.split(',')
-    args.rounds = (3 if args.quick else 9) if args.rounds is None else args.rounds
-    if not set(chosen) <= set(PARTS) or args.rounds < 1:
-        die(f'--only={args.only}, --rounds={args.rounds}: expected some of {",".join(PARTS)}, and 1 round or more')
-    if not set(bases) <= set(BASES):
-        die(f'--bases={args.bases}: expected some of {",".join(BASES)}')
+    chosen, bases = (args.only or ('fp32' if args.quick else ','.join(PARTS))).split(','), args.bases.split(',')
+    args.rounds = (2 if args.quick else 9) if args.rounds is None else args.rounds
+    if not set(chosen) <= set(PARTS) or not set(bases) <= set(BASES) or args.rounds < 1:
+        given = f'--bases={args.bases}, --only={args.only}, --rounds={args.rounds}'
+        die(f'{given}: expected some of {",".join(BASES)}, some of {",".join(PARTS)}, and 1 round or more')
     result = {'machine': machine(args), 'bases': {name: str(config) for name, config in args.size.items()}, 'parts': {}}
     if (args.only or len(bases) < len(BASES)) and args.out.exists():
         before = json.loads(args.out.read_text(encoding='utf-8'))
