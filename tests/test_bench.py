@@ -28,7 +28,7 @@ def test_the_weaker_of_the_two_counts():
 def test_orders_alternate():
     order = []
     times = bench.race({name: lambda name=name: order.append(name) for name in 'ab'}, 3, 'cpu')
-    assert ''.join(order) == 'aabb' + 'ab' + 'ba' + 'ab' and [len(t) for t in times.values()] == [3, 3]
+    assert ''.join(order) == 'abab' + 'ab' + 'ba' + 'ab' and [len(t) for t in times.values()] == [3, 3]
 
 
 def test_targets_stand_beside_what_was_reached():
