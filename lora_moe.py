@@ -61,10 +61,10 @@ class LoRA(nn.Module):
         self.scaling = scaling(alpha, rank)
 
     def add_to(self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | float = 1.0) -> torch.Tensor:
-        """y + weight γ B A x for x (N, in), y (N, out), weight (N, 1) or a number. The scalars go on the narrow r columns
-        and the sum into the second product: no pass over (N, out) of its own."""
+        """y + weight γ B A x, in y's place, for x (N, in), y (N, out), weight (N, 1) or a number. The scalars go on the narrow
+        r columns and the sum into the second product: no pass over (N, out) of its own."""
         low = F.linear(x, self.A) * (weight * self.scaling)  # (N, r)
-        return torch.addmm(y, low.to(y.dtype), self.B.t().to(y.dtype))
+        return y.addmm_(low.to(y.dtype), self.B.t().to(y.dtype))
 
 
 class LoRALinear(nn.Module):
@@ -174,7 +174,8 @@ class Mixture(torch.autograd.Function):
             dw[:, k] = (a * da).sum(1)
             for i, g in enumerate(ctx.act.backward(da, *h_k)):  # (N, I) of h_k, over w_k
                 if need_B1:
-                    dB1s[i][:, columns] += g.t() @ (lows[i][:, columns] * mine * w_k)
+                    low = lows[i][:, columns] * mine * w_k  # (N, r); g^T low twice: some CPUs form the second much faster
+                    dB1s[i][:, columns] += g.t() @ low if m == 1 else (low.t() @ g).t()  # of GPT-2 the bits stay
                 dlows[i][:, columns] += g @ B1s[i][:, columns] * (mine * w_k)
                 dhs[i] = g.mul_(w_k) if k == 0 else dhs[i].addcmul_(g, w_k)
         dx = torch.addmm(dlow1 @ A1, dhs[0], Fs[0]) if need_x else None
