@@ -48,7 +48,7 @@ data/demo/meta.json: .venv/run-ready data/prepare.py data/sources.py data/instal
 data/real/meta.json: bases/smollm2/config.json data/prepare.py data/sources.py data/installed.py
 	@echo '== Preparing the same four users in the words of SmolLM2'
 	@$(PY) data/prepare.py demo --name=real --tokenizer=bases/smollm2 --force \
-	    --train_tokens=12000 --valid_tokens=4000 --test_tokens=4000
+	    --train_tokens=12000 --valid_tokens=3000 --test_tokens=3000
 
 bases/smollm2/config.json: | .venv/real-ready
 	@echo '== Converting SmolLM2-135M to safetensors'
