@@ -1,14 +1,14 @@
 # make demo      set up .venv, prepare the demo's text, train four runs, print one table and draw their curves (under 5 minutes)
 # make real      the same with SmolLM2-135M, a real language model, and its words (30 minutes at most; interrupted, it goes on)
 # make devices   four devices and a server as real processes, over Flower, on the demo's text: to the bits of the simulator
-# make test      set up .venv with the test tools and run the tests (under 5 minutes on two cores)
+# make test      set up .venv with the test tools and run the tests (under 7 minutes on two cores)
 # make test-all  every test in its long form (about a quarter of an hour); CI runs lint and this
 # make reliability   the long form of every reliability figure, and their table (about 15 minutes)
 # make lint      style and format (ruff)
 # make clean     remove what these wrote (data/demo, data/real, bases/smollm2, out/); the .venv stays
 PYTHON ?= python3
 PY = .venv/bin/python
-CODE = train.py user.py eval.py model.py llama.py lora_moe.py federate.py configurator.py data/stream.py config/default.py config/demo.py \
+CODE = train.py user.py eval.py model.py llama.py lora_moe.py federate.py configurator.py data/stream.py config/default.py \
        run/fleet.py run/journal.py run/report.py run/checkpoint.py run/processes.py
 RUNS = local fedavg 1g1s-own 1g1s-mixture
 DEMO = $(RUNS:%=out/demo-%)
@@ -16,18 +16,20 @@ REAL = $(RUNS:%=out/real-%)
 
 .PHONY: demo real devices test test-all lint reliability clean
 
-define table
+demo real: %: out/%.txt
 	@echo '== Test perplexity of every user. Local and FedAvg never look at validation text, so one run serves both targets.'
-	@$(PY) eval.py $(1) --target=own,mixture
-	@for run in $(1); do $(PY) tools/plot.py run $$run; done
-endef
+	@cat $<
 
-demo: $(DEMO:=/summary.json)
-	$(call table,$(DEMO))
+out/demo.txt: $(DEMO:=/summary.json)
+	@$(PY) eval.py $(DEMO) --target=own,mixture > $@.partial
+	@for run in $(DEMO); do $(PY) tools/plot.py run $$run; done
+	@mv $@.partial $@
 
-real: $(REAL:=/summary.json)
-	$(call table,$(REAL))
+out/real.txt: $(REAL:=/summary.json)
+	@$(PY) eval.py $(REAL) --target=own,mixture > $@.partial
+	@for run in $(REAL); do $(PY) tools/plot.py run $$run; done
 	@$(PY) tools/routing.py out/real-1g1s-own
+	@mv $@.partial $@
 
 devices: .venv/devices-ready data/demo/meta.json
 	@echo '== A federation of four devices on this machine: out/demo-devices'
@@ -53,7 +55,7 @@ data/demo/meta.json: .venv/run-ready data/prepare.py data/sources.py data/instal
 data/real/meta.json: bases/smollm2/config.json data/prepare.py data/sources.py data/installed.py
 	@echo '== Preparing the same four users in the words of SmolLM2'
 	@$(PY) data/prepare.py demo --name=real --tokenizer=bases/smollm2 --force \
-	    --train_tokens=12000 --valid_tokens=6000 --test_tokens=6000
+	    --train_tokens=12000 --valid_tokens=3000 --test_tokens=3000
 
 bases/smollm2/config.json: | .venv/real-ready
 	@echo '== Converting SmolLM2-135M to safetensors'

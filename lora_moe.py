@@ -14,15 +14,19 @@
 
 This equals Σ_j w_j MLP_j(x), where expert j is the whole MLP with its own LoRA on both linears, because F x is common to
 all experts and P is linear (METHOD 1.1; tests/test_lora_moe.py compares output and gradients with the plain sum, and
-tools/bench.py times it against that sum).
+tools/bench.py times it against that sum). The MLP of a Llama has two linears that read x: with g_j and u_j made like h_j
+above, of gate and of up, a_j = w_j · silu(g_j) * u_j, and P is down.
 
-Shapes: N = B*T tokens, C = n_embd, E experts, K = min(top_k, E) active experts, r LoRA rank, L layers.
+Shapes: N = B*T tokens, C = n_embd, I = 4C (of a Llama intermediate_size), E experts, K = min(top_k, E) active experts,
+r LoRA rank, L layers.
 The names of the tensors tell their roles, and with them what may leave a device:
 
     h.{l}.attn.{c_attn,c_proj}.lora.{A,B}             attention   leaves if share_attention
     h.{l}.mlp.generalists.{j}.{c_fc,c_proj}.{A,B}     generalist  leaves
     h.{l}.mlp.specialists.{j}.{c_fc,c_proj}.{A,B}     specialist  never leaves
     h.{l}.mlp.router.weight                           router      never leaves
+
+of a Llama attn.{q_proj,k_proj,v_proj,o_proj} and {gate_proj,up_proj,down_proj}.
 """
 
 import copy
@@ -57,10 +61,10 @@ class LoRA(nn.Module):
         self.scaling = scaling(alpha, rank)
 
     def add_to(self, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | float = 1.0) -> torch.Tensor:
-        """y + weight γ B A x for x (N, in), y (N, out), weight (N, 1) or a number. The scalars go on the narrow r columns
-        and the sum into the second product: no pass over (N, out) of its own."""
+        """y + weight γ B A x, in y's place, for x (N, in), y (N, out), weight (N, 1) or a number. The scalars go on the narrow
+        r columns and the sum into the second product: no pass over (N, out) of its own."""
         low = F.linear(x, self.A) * (weight * self.scaling)  # (N, r)
-        return torch.addmm(y, low.to(y.dtype), self.B.t().to(y.dtype))
+        return y.addmm_(low.to(y.dtype), self.B.t().to(y.dtype))
 
 
 class LoRALinear(nn.Module):
@@ -170,7 +174,8 @@ class Mixture(torch.autograd.Function):
             dw[:, k] = (a * da).sum(1)
             for i, g in enumerate(ctx.act.backward(da, *h_k)):  # (N, I) of h_k, over w_k
                 if need_B1:
-                    dB1s[i][:, columns] += g.t() @ (lows[i][:, columns] * mine * w_k)
+                    low = lows[i][:, columns] * mine * w_k  # (N, r); g^T low twice: some CPUs form the second much faster
+                    dB1s[i][:, columns] += g.t() @ low if m == 1 else (low.t() @ g).t()  # of GPT-2 the bits stay
                 dlows[i][:, columns] += g @ B1s[i][:, columns] * (mine * w_k)
                 dhs[i] = g.mul_(w_k) if k == 0 else dhs[i].addcmul_(g, w_k)
         dx = torch.addmm(dlow1 @ A1, dhs[0], Fs[0]) if need_x else None

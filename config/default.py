@@ -7,7 +7,7 @@ the row that `method` names, then files and flags in the order given."""
 method = 'comigs_1g1s'          # a row of METHODS below; sets the switches of COLUMNS
 dataset = 'demo'                # a name in the project's data/, made by data/prepare.py; or a path, with a slash
 target = 'own'                  # valid and test text: 'own' category, or a 'mixture' of all users' categories
-init_from = 'gpt2'              # gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder or a .safetensors file
+init_from = 'gpt2'              # gpt2 ... gpt2-xl, smollm2-135m, qwen2.5-0.5b, ...; owner/name on the Hub; a folder or a file
 init_adapter = ''               # folder of a PEFT LoRA adapter that generalists and attention LoRAs start from; '': fresh ones
 out_dir = 'out/run'             # everything this run writes
 resume = False                  # continue the run in out_dir from its last finished round

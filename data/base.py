@@ -119,12 +119,12 @@ def convert(file: Path, folder: Path, source: dict) -> dict:
     shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
     partial.mkdir(parents=True)
     try:
-        (partial / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+        (partial / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
         (partial / 'tokenizer.json').write_text(hub_tokenizer(reader.fields), encoding='utf-8')
         tensors = hub_tensors({t.name: t for t in reader.tensors}, config)
         save_file(tensors, partial / 'model.safetensors', metadata={'format': 'pt'})
         source['files'] = {f.name: {'bytes': f.stat().st_size, 'sha256': digest(f)} for f in sorted(partial.iterdir())}
-        (partial / 'source.json').write_text(json.dumps(source, indent=2) + '\n')
+        (partial / 'source.json').write_text(json.dumps(source, indent=2) + '\n', encoding='utf-8')
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -346,8 +346,8 @@ def test_a_llama_keeps_its_tokenizer_and_the_ends_of_its_documents(family, tmp_p
     words.add_special_tokens(['<|end|>'])
     base = tmp_path / 'hub'
     export_file.write_base(base, family.model, ({'bos_token_id': None, 'eos_token_id': [256, 7]}, {}))
-    words.save(str(base / 'tokenizer.json'))
     run = family.train('--method=fedavg', '--n_generalists=1', '--n_experts=1', *LESS_FAR, f'--init_from={base}')
+    words.save(str(base / 'tokenizer.json'))  # now: the run's text is bytes
     named = export(run.out, tmp_path / 'peft', '--user=0')
     assert json.loads((named / 'adapter_config.json').read_text())['base_model_name_or_path'] == str(base)
     assert not (named / 'base').exists() and close(logits(peft_model(named)), logits(model_of(run)))

@@ -529,7 +529,7 @@ def test_what_is_at_hand_is_checked_before_a_base_is_fetched(train, tiny, tmp_pa
     def fetched(*_):
         raise AssertionError('a base was fetched')
 
-    monkeypatch.setattr(train_file, 'load_gpt', fetched)
+    monkeypatch.setattr(train_file, 'load_base', fetched)
     (tmp_path / 'short').write_text('x')
     (tmp_path / 'latin').write_bytes(b'\xe9' * 99)
     (tmp_path / 'peft').mkdir()
@@ -555,7 +555,7 @@ def test_what_is_at_hand_is_checked_before_a_base_is_fetched(train, tiny, tmp_pa
 
 def test_a_resume_that_cannot_be_is_refused_before_a_base_is_fetched(train, tmp_path, capsys, monkeypatch):
     out = train('--rounds=1').out
-    monkeypatch.setattr(train_file, 'load_gpt', lambda source: 1 / 0)
+    monkeypatch.setattr(train_file, 'load_base', lambda source: 1 / 0)
     assert 'made with another seed;' in refused(capsys, train, '--rounds=1', '--resume', '--seed=1')
     (out / 'checkpoint/user1-1.safetensors').write_bytes(b'x')
     assert 'user1-1.safetensors is damaged' in refused(capsys, train, '--rounds=1', '--resume')

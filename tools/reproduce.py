@@ -443,7 +443,8 @@ def setup_of(dataset: str, seeds: list[int], extra: dict) -> dict:
     if '/' in dataset or not config.exists() or not meta.exists():
         die(f'--dataset={dataset}: it needs config/{name}.py and data/{dataset}/meta.json, which comes from {prepare}')
     base = configure([str(config), *(f'--{k}={v}' for k, v in extra.items())]).init_from
-    files = [path for path in (Path(base), TRAIN.parent / base) if path.is_file()]
+    places = (Path(base), TRAIN.parent / base)
+    files = [file for path in places for file in (path, path / 'model.safetensors') if file.is_file()]
     base_is = hashlib.sha256(files[0].read_bytes()).hexdigest() if files else base
     setup = {'name': name, 'dataset': dataset, 'config': str(config), 'meta': read_json(meta), 'extra': extra, 'seeds': seeds}
     return {**setup, 'identity': [config.read_text(encoding='utf-8'), setup['meta']['users'], base_is]}
