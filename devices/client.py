@@ -194,15 +194,16 @@ class Device:
         if c.aggregate == 'fdlora':
             w1, w2 = user.fuse(server)
             self.log('fusion', {'step': user.expert_steps, 'user': self.i, 'own': w1, 'mean': w2})
-        ppl = {'trained': self.test('fused' if c.aggregate == 'fdlora' else 'final')}
-        self.keep()
         original = load_base(c.init_from).to(c.device) if c.aggregate == 'flora' else self.base
+        ppl = {'trained': self.test('fused' if c.aggregate == 'fdlora' else 'final')}
+        ppl['pretrained'] = self.test('pretrained', original, round=0, step=0)
+        self.keep(ppl)
         if self.shared:
             user.receive(server, self.t - 1, self.merge())
             ppl['aggregated'] = self.test('aggregated')
-        return {}, {**ppl, 'pretrained': self.test('pretrained', original, round=0, step=0)}
+        return {}, ppl
 
-    def keep(self) -> None:
+    def keep(self, ppl: dict) -> None:
         """The folder as that of a run with one user, for tools/ and eval.py."""
         c, adapters = self.c, self.folder / 'adapters'
         adapters.mkdir(exist_ok=True)
@@ -217,8 +218,10 @@ class Device:
         if c.aggregate == 'flora':  # the base as the last round began with it
             shape = {self.base.described_by: json.dumps(dataclasses.asdict(self.base.config))}
             checkpoint.save(adapters / 'base.safetensors', self.base.state_dict(), {}, **shape)
+        summary = {'rounds': self.last, 'users': [self.name], 'user_ids': [0], 'target': c.target}
+        summary |= {'test_ppl': [ppl['trained']], 'pretrained_test_ppl': [ppl['pretrained']]}
         config = {**vars(c), **own, 'users': [self.name], 'tested': [0], 'base_sha256': self.base_sha256}
-        for file, content in {'config.json': config, 'summary.json': {'rounds': self.last, 'users': [self.name]}}.items():
+        for file, content in {'config.json': config, 'summary.json': summary}.items():
             checkpoint.write_atomically(self.folder / file, lambda path: path.write_text(to_json(content, indent=1)))
 
 

@@ -146,6 +146,8 @@ def end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5)  # a server waits for connections to close
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main(argv: list[str]) -> None:

@@ -22,6 +22,7 @@ from devices import keys
 from devices.loopback import Federation
 from run import checkpoint
 from run.fleet import Fleet
+from tools import export
 
 pytestmark = [
     pytest.mark.devices,
@@ -210,6 +211,9 @@ def test_every_rule_without_processes(rule, tiny, tmp_path, monkeypatch):
     (tmp_path / 'server/run.json').write_text(json.dumps(plan))
     server.Server(Grid(), tmp_path / 'server').run()
     assert not differences(federation, simulated(tiny, federation, *switches))
+    if rule == 'fedavg':  # a device's folder is a run's
+        export.main([f'{tmp_path}/u1', '--user=0', '--to=peft', f'{tmp_path}/peft'])
+        assert (tmp_path / 'peft/generalist-0/adapter_model.safetensors').exists()
 
 
 def test_d2_who_dies_is_left_out_and_goes_on_from_its_disk(three, tiny, figure, monkeypatch):
