@@ -3,6 +3,7 @@
 # make devices   four devices and a server as real processes, over Flower, on the demo's text: to the bits of the simulator
 # make test      set up .venv with the test tools and run the tests (under 7 minutes on two cores)
 # make test-all  every test in its long form (about a quarter of an hour); CI runs lint and this
+# make test-devices  federations of real processes over Flower, and their table (about 8 minutes)
 # make reliability   the long form of every reliability figure, and their table (about 15 minutes)
 # make lint      style and format (ruff)
 # make clean     remove what these wrote (data/demo, data/real, bases/smollm2, out/); the .venv stays
@@ -14,7 +15,7 @@ RUNS = local fedavg 1g1s-own 1g1s-mixture
 DEMO = $(RUNS:%=out/demo-%)
 REAL = $(RUNS:%=out/real-%)
 
-.PHONY: demo real devices test test-all lint reliability clean
+.PHONY: demo real devices test test-all test-devices lint reliability clean
 
 demo real: %: out/%.txt
 	@echo '== Test perplexity of every user. Local and FedAvg never look at validation text, so one run serves both targets.'
@@ -63,11 +64,15 @@ bases/smollm2/config.json: | .venv/real-ready
 
 test: .venv/test-ready
 	@echo '== Running the tests'
-	@$(PY) -m pytest -q -n 2 --dist loadfile -m 'not slow'
+	@$(PY) -m pytest -q -n 2 --dist loadfile -m 'not slow and not devices'
 
 test-all: .venv/test-ready
 	@echo '== Running the tests, the long forms too'
-	@$(PY) -m pytest -q -n 2 --dist loadfile
+	@$(PY) -m pytest -q -n 2 --dist loadfile -m 'not devices'
+
+test-devices: .venv/test-ready .venv/devices-ready
+	@echo '== Running federations of real processes'
+	@$(PY) -m pytest -q -m devices tests/test_devices.py
 
 reliability: .venv/test-ready
 	@echo '== Running the long form of every reliability figure'
@@ -95,9 +100,9 @@ lint: .venv/test-ready
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-devices.txt
 	@touch $@
 
-.venv/test-ready: .venv/run-ready requirements-dev.txt requirements-devices.txt
+.venv/test-ready: .venv/run-ready requirements-dev.txt
 	@echo '== Adding the test tools'
-	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -r requirements-devices.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
 clean:
