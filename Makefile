@@ -56,7 +56,7 @@ data/demo/meta.json: .venv/run-ready data/prepare.py data/sources.py data/instal
 data/real/meta.json: bases/smollm2/config.json data/prepare.py data/sources.py data/installed.py
 	@echo '== Preparing the same four users in the words of SmolLM2'
 	@$(PY) data/prepare.py demo --name=real --tokenizer=bases/smollm2 --force \
-	    --train_tokens=12000 --valid_tokens=3000 --test_tokens=3000
+	    --train_tokens=12000 --valid_tokens=2500 --test_tokens=2500
 
 bases/smollm2/config.json: | .venv/real-ready
 	@echo '== Converting SmolLM2-135M to safetensors'
