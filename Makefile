@@ -1,5 +1,5 @@
 # make demo      set up .venv, prepare the demo's text, train four runs, print one table and draw their curves (under 5 minutes)
-# make real      the same with SmolLM2-135M, a real language model, and its words (30 minutes at most; interrupted, it goes on)
+# make real      the same with SmolLM2-135M, a real language model, and its words (30 to 40 minutes; interrupted, it goes on)
 # make devices   four devices and a server as real processes, over Flower, on the demo's text: to the bits of the simulator
 # make test      set up .venv with the test tools and run the tests (under 7 minutes on two cores)
 # make test-all  every test in its long form (about a quarter of an hour); CI runs lint and this
@@ -56,7 +56,7 @@ data/demo/meta.json: .venv/run-ready data/prepare.py data/sources.py data/instal
 data/real/meta.json: bases/smollm2/config.json data/prepare.py data/sources.py data/installed.py
 	@echo '== Preparing the same four users in the words of SmolLM2'
 	@$(PY) data/prepare.py demo --name=real --tokenizer=bases/smollm2 --force \
-	    --train_tokens=12000 --valid_tokens=2500 --test_tokens=2500
+	    --train_tokens=12000 --valid_tokens=3000 --test_tokens=3000
 
 bases/smollm2/config.json: | .venv/real-ready
 	@echo '== Converting SmolLM2-135M to safetensors'
