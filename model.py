@@ -379,7 +379,7 @@ def download(repo: str) -> list[Path]:
     """The weights of a Hub repository, beside them config.json and a Llama's tokenizer.json, if there is one; shows the
     client's bar and no line of it. Raises OSError, or ValueError for what is no base."""
     import huggingface_hub as hub
-    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled, logging
+    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError, logging
 
     logging.set_verbosity_error()
     warnings.filterwarnings('ignore', module='huggingface_hub')
@@ -413,6 +413,13 @@ def download(repo: str) -> list[Path]:
             cause = cause or error
     if type(cause) is ValueError:  # no fault of the connection: our own line on what was fetched
         raise cause
+    raise not_from_hub(repo, cause)
+
+
+def not_from_hub(repo: str, cause: Exception) -> OSError:
+    """What is said of a repository that the client could not get, with the advice that fits the cause."""
+    from huggingface_hub.utils import EntryNotFoundError, OfflineModeIsEnabled
+
     status = getattr(getattr(cause, 'response', None), 'status_code', None)
     fix = 'unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE' if isinstance(cause, OfflineModeIsEnabled) else 'connect once'
     if isinstance(cause, EntryNotFoundError) and status:
@@ -423,7 +430,7 @@ def download(repo: str) -> list[Path]:
         fix = 'check HF_ENDPOINT and HF_TOKEN (`hf auth login`)' if status in (401, 403, 404) else 'try again later'
     elif getattr(cause, 'strerror', None):
         fix = f'{cause.strerror}: make room, or set HF_HOME to a folder that can be written'
-    raise OSError(
+    return OSError(
         f'cannot get {repo} from the Hugging Face Hub ({status or type(cause).__name__}): {fix}, or copy its config.json and '
         'weights into a folder and give that folder as the base (--init_from, of tools/export.py --base)'
     )

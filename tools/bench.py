@@ -1,6 +1,6 @@
 """Speed and memory, measured against the code that most people would write: tests/plain.py, here P.
 
-    python tools/bench.py --quick                    # a first look, float32 alone: under two minutes on two cores
+    python tools/bench.py --quick                    # a first look, float32 alone: three minutes on two busy cores
     python tools/bench.py                            # everything: half an hour and more on two cores
     python tools/bench.py --bases=smollm2 --only=fp32,memory    # some of it; --out keeps what it has of the rest
 
