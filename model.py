@@ -371,7 +371,8 @@ def filled(kind: type, config: object, tensors: dict, source: str) -> GPT:
     for name, t in tensors.items():
         if not t.is_floating_point() or not torch.stack(t.float().aminmax()).isfinite().all():  # min and max of NaN are NaN
             raise ValueError(f'{source}: {name} ({t.dtype}) must be of floating point, and all finite in float32')
-    model.load_state_dict({name: t.float().contiguous() for name, t in tensors.items()}, assign=True)
+    # a copy: weights in a mapped file lie in small pages, and a step that reads them there is slower (docs/speed.md)
+    model.load_state_dict({name: t.to(torch.float32, copy=True).contiguous() for name, t in tensors.items()}, assign=True)
     return model
 
 

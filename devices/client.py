@@ -14,9 +14,11 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from flwr.supercore.differential_privacy import add_gaussian_noise_inplace, compute_clip_model_update
 from messages import packed, unpacked
 
 import federate
@@ -52,10 +54,23 @@ def any_rank(tensors: Tensors, expected: Tensors) -> Tensors:
     return {name: v.new_zeros(1).expand(like[name]) for name, v in expected.items()}
 
 
+def private(sent: Tensors, began: Tensors, clip: float, noise: float) -> Tensors:
+    """What leaves instead of `sent`: the norm of all that changed since `began` is at most clip, and every number has Gaussian
+    noise of the deviation noise * clip on it. The arithmetic is that of Flower's LocalDpMod."""
+    arrays = [v.cpu().numpy().copy() for v in sent.values()]
+    old = [began[name][tuple(map(slice, v.shape))].cpu().numpy() for name, v in sent.items()]
+    if any((new != was).any() for new, was in zip(arrays, old)):
+        compute_clip_model_update(arrays, old, clip)
+    np.random.seed()  # of the system: a fork has its parent's generator, and the noise of every round would be the same
+    add_gaussian_noise_inplace(arrays, noise * clip)
+    return dict(zip(sent, map(torch.from_numpy, arrays)))
+
+
 class Device:
     def __init__(self, tensors: dict, told: dict, here: dict):
         """Raises ValueError or OSError, one line, for a message or a folder that does not fit: the server is told so."""
         self.tensors, self.told, self.name, self.folder = tensors, told, here['name'], Path(here['folder'])
+        self.clip, self.noise = here.get('clip'), here.get('noise', 0.0)
         self.t, self.i, self.last, self.round = told['round'], told['user'], told['last'], told['round'] + 1
         if not 0 <= self.last <= self.t or not 0 <= self.i < told['users']:
             raise ValueError(f'round {self.t} after round {self.last}, user {self.i} of {told["users"]}: no such round or user')
@@ -163,9 +178,11 @@ class Device:
         self.restore(self.last)
         self.take()
         self.user.receive(self.server(), self.t, self.merge())
+        began = {name: self.user.adapter[name].detach().clone() for name in self.shared}
         local_round(self.user, self.t, self.c.local_steps, self.log)
         facts = {'tokens': self.n_train} | ({'ppl': self.test('local')} if self.told['test'] else {})
         sent, self.taken = self.user.upload(), False
+        sent = private(sent, began, self.clip, self.noise) if self.clip else sent
         self.save(self.t + 1)
         before = max((t for t in range(self.last) if self.file(t).exists()), default=0)
         kept = [(0, {self.i: t}) for t in (before, self.last, self.t + 1)]

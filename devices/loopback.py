@@ -42,20 +42,14 @@ def share(folder: Path, meta: dict, ids: list[int], into: Path) -> None:
 class Federation:
     """Processes that end with this one, and what they say in folder/NAME.log. Threads: 1 each, so that bits are the same."""
 
-    def __init__(self, folder: Path, argv: list[str], names: list[str], **more: str):
-        self.folder, self.argv, self.names, self.port, self.processes = folder, argv, names, start.free_port(), {}
-        self.env = {**os.environ, 'OMP_NUM_THREADS': '1', **more}
+    def __init__(self, folder: Path, argv: list[str], names: list[str], private: list[str] | None = None):
+        self.folder, self.argv, self.names, self.private = folder, argv, names, private or []
+        self.port, self.processes, self.env = start.free_port(), {}, {**os.environ, 'OMP_NUM_THREADS': '1'}
 
     def begin(self, name: str, *command: str, **more: str) -> subprocess.Popen:
         log, env = open(self.folder / f'{name}.log', 'ab'), {**self.env, **more}
-        command = [
-            sys.executable,
-            str(ROOT / 'devices/start.py'),
-            *map(str, command),
-            f'--keys={self.folder / "keys"}',
-            '--tied',
-        ]
-        self.processes[name] = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=env, start_new_session=True)
+        argv = [sys.executable, str(ROOT / 'devices/start.py'), *map(str, command), f'--keys={self.folder}/keys', '--tied']
+        self.processes[name] = subprocess.Popen(argv, stdout=log, stderr=log, cwd=ROOT, env=env, start_new_session=True)
         return self.processes[name]
 
     def server(self) -> None:
@@ -76,7 +70,7 @@ class Federation:
     def device(self, i: int, **more: str) -> None:
         name, local = self.names[i], [arg for arg in self.argv if re.match('--(init_from|public_text)=', arg)]
         where = [f'--dataset={self.folder / f"data{i}"}', '--device=cpu', '--poll=0.5', f'--server=127.0.0.1:{self.port}']
-        self.begin(name, 'device', self.folder / name, f'--name={name}', *where, *local, **more)
+        self.begin(name, 'device', self.folder / name, f'--name={name}', *where, *local, *self.private, **more)
 
     def run(self, *how: str) -> None:
         self.begin('run', 'run', self.folder / 'server', f'--port={self.port}', *how)
@@ -122,11 +116,29 @@ def compare(folder: Path, names: list[str]) -> list[str]:
     return [name for i, name in enumerate(names) if not same(name, i)]
 
 
+def watch(federation: Federation, rounds: int) -> None:
+    """A bar until the run is over. Ends this process if the run has failed."""
+    bar = tqdm(total=rounds, unit='round', disable=None)
+    while federation.processes['run'].poll() is None:
+        time.sleep(0.3)
+        for line in [line for line in federation.lines() if line['kind'] == 'round'][bar.n :]:
+            bar.update()
+            bar.set_postfix({'test ppl': cell(line['test_ppl']), 'kB up': line['bytes_up'] // 1000})
+            if bar.disable:
+                bar.n = line['round']
+                print(f'round {bar.n}/{rounds}  test perplexity {cell(line["test_ppl"])}', flush=True)
+    bar.close()
+    if federation.processes['run'].returncode:
+        sys.exit(f'the run has failed: {federation.folder}/run.log\n' + federation.said('run')[-1500:])
+
+
 def main(argv: list[str]) -> None:
     p = parser(__doc__)
     p.add_argument('--n_users', type=int, default=4)
     p.add_argument('--deadline', type=float, default=600, help='seconds within which a device has to answer')
     p.add_argument('--replace', action='store_true', help='an earlier federation in that folder')
+    p.add_argument('--clip', help='of every device (devices/start.py): then nothing is compared with the simulator')
+    p.add_argument('--noise', default='0')
     a, argv = p.parse_known_args(argv)
     c = configure(argv)
     folder, data, N = Path(f'{c.out_dir}-devices').resolve(), folder_of(c.dataset), a.n_users
@@ -135,13 +147,10 @@ def main(argv: list[str]) -> None:
         if N > len(meta['users']):
             raise ValueError(f'--n_users={N}: {c.dataset} has {len(meta["users"])}')
         if folder.exists() and not (a.replace and (folder / 'keys/users.json').exists()):
-            raise ValueError(
-                f'{folder} exists: take it away, or give --replace for an earlier federation, or another --out_dir'
-            )
+            raise ValueError(f'{folder} exists: give --replace if it is an earlier federation, or another --out_dir')
         shutil.rmtree(folder, ignore_errors=True)
-        for i in range(N):
-            share(data, meta, [i], folder / f'data{i}')
-        share(data, meta, [*range(N)], folder / 'data')
+        for name, ids in ({f'data{i}': [i] for i in range(N)} | {'data': [*range(N)]}).items():
+            share(data, meta, ids, folder / name)
     except (OSError, ValueError) as error:
         die(error)
     names = [re.sub(r'[^A-Za-z0-9]+', '-', user['name'])[:30] for user in meta['users'][:N]]
@@ -149,25 +158,14 @@ def main(argv: list[str]) -> None:
     base = str((ROOT / c.init_from).resolve()) if (ROOT / c.init_from).exists() else c.init_from
     argv = [str(Path(arg).resolve()) if arg.endswith('.py') else arg for arg in argv] + [f'--init_from={base}', '--device=cpu']
     keys.main([str(folder / 'keys'), *names])
-    federation = Federation(folder, argv, names)
+    federation = Federation(folder, argv, names, [f'--clip={a.clip}', f'--noise={a.noise}'] if a.clip else [])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         federation.server()
         for i in range(N):
             federation.device(i)
         federation.run(f'--deadline={a.deadline}', f'--least={N}', *argv)
-        bar = tqdm(total=c.rounds, unit='round', disable=None)
-        while federation.processes['run'].poll() is None:
-            time.sleep(0.3)
-            for line in [line for line in federation.lines() if line['kind'] == 'round'][bar.n :]:
-                bar.update()
-                bar.set_postfix({'test ppl': cell(line['test_ppl']), 'kB up': line['bytes_up'] // 1000})
-                if bar.disable:
-                    bar.n = line['round']
-                    print(f'round {bar.n}/{c.rounds}  test perplexity {cell(line["test_ppl"])}', flush=True)
-        bar.close()
-        if federation.processes['run'].returncode:
-            sys.exit(f'the run has failed: {folder}/run.log\n' + federation.said('run')[-1500:])
+        watch(federation, c.rounds)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
@@ -175,14 +173,10 @@ def main(argv: list[str]) -> None:
     told = json.loads((folder / 'server/summary.json').read_text())['test_ppl']
     columns = ['pretrained', 'trained', 'aggregated']
     print(table(['test perplexity', *columns], [[name, *(told[name][key] for key in columns)] for name in (*names, 'mean')]))
+    if a.clip:
+        return
     print('the simulator does the same run ...', flush=True)
-    command = [
-        sys.executable,
-        str(ROOT / 'train.py'),
-        *argv,
-        f'--dataset={folder / "data"}',
-        f'--out_dir={folder / "simulator"}',
-    ]
+    command = [sys.executable, str(ROOT / 'train.py'), *argv, f'--dataset={folder}/data', f'--out_dir={folder}/simulator']
     subprocess.run([*command, '--quiet'], env=federation.env, stdout=subprocess.DEVNULL, check=True)
     if other := compare(folder, names):
         sys.exit(f'the adapters of {", ".join(other)} are not those of the simulator')

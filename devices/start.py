@@ -8,6 +8,7 @@ They run until Ctrl-C, `run` to the end of the run. Off the server's machine onl
 routes would let everybody start runs."""
 
 import json
+import math
 import os
 import signal
 import socket
@@ -113,7 +114,7 @@ def server(a: SimpleNamespace) -> None:
 
 def device(a: SimpleNamespace) -> None:
     here = {'folder': str(a.folder.resolve()), 'name': a.name, 'init_from': a.init_from, 'dataset': str(Path(a.dataset))}
-    here |= {key: getattr(a, key) for key in ('public_text', 'device') if getattr(a, key)}
+    here |= {key: getattr(a, key) for key in ('public_text', 'device', 'clip', 'noise') if getattr(a, key)}
     a.folder.mkdir(parents=True, exist_ok=True)
     os.environ.update(environment(a.folder, DEVICE=json.dumps(here)))
     from flwr.supercore import heartbeat
@@ -167,6 +168,8 @@ def main(argv: list[str]) -> None:
         p.add_argument('--poll', type=float, default=3, help='device: seconds until it looks for a message again, 3 at most')
         p.add_argument('--public_text', help='device: the file that all have, for rules that need one')
         p.add_argument('--device', help='device: cpu, cuda, mps')
+        p.add_argument('--clip', type=float, help='device: what it sends of a round is at most so far from what it got')
+        p.add_argument('--noise', type=float, default=0, help='device: deviation of noise on what it sends, in clips')
     p.add_argument('--deadline', type=float, default=3600, help='run: seconds within which a device has to answer')
     p.add_argument('--least', type=int, default=1, help='run: how many devices must answer for a round to count')
     a, rest = p.parse_known_args(argv)
@@ -178,6 +181,8 @@ def main(argv: list[str]) -> None:
         return run(a, rest)
     if rest:
         die(f'{rest[0]}: only `run` takes switches')
+    if not (a.clip is None or 0 < a.clip < math.inf) or not 0 <= a.noise < math.inf or (a.noise and not a.clip):
+        die(f'--clip={a.clip} --noise={a.noise}: expected a number above 0, and one that is not negative; noise needs a clip')
     if a.what == 'server':
         return server(a)
     if a.once:

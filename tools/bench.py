@@ -1,6 +1,6 @@
 """Speed and memory, measured against the code that most people would write: tests/plain.py, here P.
 
-    python tools/bench.py --quick                    # a first look, float32 alone: three minutes on two busy cores
+    python tools/bench.py --quick                    # a first look, float32 alone: a minute and a half on two cores
     python tools/bench.py                            # everything: half an hour and more on two cores
     python tools/bench.py --bases=smollm2 --only=fp32,memory    # some of it; --out keeps what it has of the rest
 
@@ -15,7 +15,7 @@ the median of the paired ones and that of the two fastest times, the weaker coun
     fp32, bf16, compiled    seconds of a step of P, ours (1, 2, 4 and 8 experts), the frozen base alone, transformers + PEFT,
                             and of an evaluation
 
---quick is fp32 on 4 x 128 tokens, 2 rounds, two and eight experts, without PEFT. The targets are of docs/speed.md, for
+--quick is fp32 on 2 x 128 tokens, 2 rounds, two and eight experts, without PEFT. The targets are of docs/speed.md, for
 8 x 128 tokens on a CPU. A part during which the machine changed its speed gets no verdict. The last line says which dtype
 makes the faster steps here, once fp32 and bf16 are both known."""
 
@@ -83,7 +83,7 @@ def new_user(base: GPT, n: int) -> GPT:
 
 
 def windows(args: argparse.Namespace) -> int:
-    return 64 if args.device == 'cuda' else 4 if args.quick else 8
+    return 64 if args.device == 'cuda' else 2 if args.quick else 8
 
 
 def batch(args: argparse.Namespace, B: int, T: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
@@ -392,7 +392,7 @@ def size(text: str) -> dict:
 
 def main(argv: list[str]) -> None:
     options = parser(__doc__)
-    options.add_argument('--quick', action='store_true', help='fp32 alone, 4 x 128 tokens, 2 rounds, n = 2 and 8, no PEFT')
+    options.add_argument('--quick', action='store_true', help='fp32 alone, 2 x 128 tokens, 2 rounds, n = 2 and 8, no PEFT')
     options.add_argument('--bases', default=','.join(BASES), help=f'some of {",".join(BASES)}, with commas')
     options.add_argument('--only', help=f'parts to run, with commas: {",".join(PARTS)}')
     options.add_argument('--rounds', type=int, help='rounds of timing (default 9, 2 with --quick)')

@@ -1,5 +1,5 @@
 """Flower's processes of one device in tests/test_devices.py: what it sends is written down (RECORD), what may not leave it is
-filled with a marker (MARK), or it sends rubbish (HOSTILE). The look-up hook of all tests comes first."""
+filled with a marker (MARK), or it sends rubbish, twice (HOSTILE). The look-up hook of all tests comes first."""
 
 import os
 import sys
@@ -20,6 +20,24 @@ if 'RECORD' in os.environ and 'start.py' in ' '.join(sys.orig_argv):  # the proc
         return send(client, request, **how)
 
     httpx.Client.send = recorded
+
+if 'HOSTILE' in os.environ and 'start.py' in ' '.join(sys.orig_argv):
+    from flwr.supernode import start_client_internal
+
+    push = start_client_internal._push_messages
+
+    def twice(state, store, send, push_object) -> None:
+        def sent_twice(*message) -> tuple:
+            first = send(*message)
+            try:
+                print(f'sent again, answered {send(*message)}', flush=True)
+            except Exception as error:  # the server's answer
+                print(f'sent again, refused: {error}', flush=True)
+            return first
+
+        push(state, store, sent_twice, push_object)
+
+    start_client_internal._push_messages = twice
 
 if {'MARK', 'HOSTILE'} & os.environ.keys() and 'flower-superexec' in ' '.join(sys.orig_argv):
     sys.path[:0] = [str(TESTS.parent / 'devices'), str(TESTS.parent)]
