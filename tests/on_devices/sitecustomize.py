@@ -9,35 +9,35 @@ TESTS = Path(__file__).resolve().parents[1]
 exec(compile((TESTS / 'no_network/sitecustomize.py').read_text(), 'sitecustomize.py', 'exec'), globals())
 MARK = 12345.678
 
-if 'RECORD' in os.environ and 'start.py' in ' '.join(sys.orig_argv):  # the process that speaks with the server
+if {'RECORD', 'HOSTILE'} & os.environ.keys() and 'start.py' in ' '.join(sys.orig_argv):  # what speaks with the server
     import httpx
 
-    send = httpx.Client.send
+    request_sent = httpx.Client.send
 
-    def recorded(client: httpx.Client, request: httpx.Request, **how) -> httpx.Response:
-        with open(os.environ['RECORD'], 'ab') as f:
-            f.write(f'\n{request.url.path} '.encode() + request.read())
-        return send(client, request, **how)
+    def once(*message) -> tuple:
+        once.message = message
+        return once.send(*message)
 
-    httpx.Client.send = recorded
+    def watched(client: httpx.Client, request: httpx.Request, **how) -> httpx.Response:
+        if 'RECORD' in os.environ:
+            with open(os.environ['RECORD'], 'ab') as f:
+                f.write(f'\n{request.url.path} '.encode() + request.read())
+        node = sys.modules['flwr.supernode.start_client_internal']  # imported by now, in the environment that start.py makes
+        if 'HOSTILE' in os.environ and not hasattr(once, 'push'):
+            once.push = node._push_messages
 
-if 'HOSTILE' in os.environ and 'start.py' in ' '.join(sys.orig_argv):
-    from flwr.supernode import start_client_internal
+            def push(send, **how) -> None:
+                once.send = send
+                once.push(send=once, **how)
+                try:
+                    print(f'sent again, answered {send(*once.message)}', flush=True)
+                except Exception as error:  # the server's answer
+                    print(f'sent again, refused: {error}', flush=True)
 
-    push = start_client_internal._push_messages
+            node._push_messages = push
+        return request_sent(client, request, **how)
 
-    def twice(state, store, send, push_object) -> None:
-        def sent_twice(*message) -> tuple:
-            first = send(*message)
-            try:
-                print(f'sent again, answered {send(*message)}', flush=True)
-            except Exception as error:  # the server's answer
-                print(f'sent again, refused: {error}', flush=True)
-            return first
-
-        push(state, store, sent_twice, push_object)
-
-    start_client_internal._push_messages = twice
+    httpx.Client.send = watched
 
 if {'MARK', 'HOSTILE'} & os.environ.keys() and 'flower-superexec' in ' '.join(sys.orig_argv):
     sys.path[:0] = [str(TESTS.parent / 'devices'), str(TESTS.parent)]
