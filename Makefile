@@ -1,5 +1,5 @@
 # make demo      set up .venv, prepare the demo's text, train four runs, print one table and draw their curves (under 5 minutes)
-# make real      the same with SmolLM2-135M, a real language model, and its words (30 to 40 minutes; interrupted, it goes on)
+# make real      the same with SmolLM2-135M, a real language model, and its words (half an hour; interrupted, it goes on)
 # make devices   four devices and a server as real processes, over Flower, on the demo's text: to the bits of the simulator
 # make test      set up .venv with the test tools and run the tests (some ten minutes on two cores)
 # make test-all  every test in its long form (about a quarter of an hour); CI runs lint and this

@@ -45,7 +45,10 @@ class Server:
         plan = read_json(folder / 'run.json', 'argv', 'deadline', 'least', 'keys')
         self.keys, self.deadline, self.least, self.given = Path(plan['keys']), plan['deadline'], plan['least'], plan['argv']
         self.rounds.mkdir(exist_ok=True)
-        self.lock = checkpoint.lock(folder / '.lock')
+        until = time.time() + 20  # a run that was stopped may be at its end
+        while not (lock := checkpoint.lock(folder / '.lock')) and time.time() < until:
+            time.sleep(0.5)
+        self.lock = lock
         if not self.lock:
             raise ValueError(f'another run is at work in {folder}')
         c = configure(self.given)

@@ -129,17 +129,32 @@ def device(a: SimpleNamespace) -> None:
     flower_supernode()
 
 
+def end_runs(env: dict) -> None:
+    """Ends what is still at work on this server, which has one folder for its run."""
+    listed = subprocess.run(['flwr', 'list', 'home', '--format=json'], env=env, capture_output=True, encoding='utf-8').stdout
+    for one in json.loads(listed or '{}').get('runs', ()):
+        if not one['status'].startswith('finished'):
+            subprocess.run(['flwr', 'stop', one['run-id'], 'home'], env=env, capture_output=True)
+
+
 def run(a: SimpleNamespace, rest: list[str]) -> None:
-    c = configure(rest)
+    c, env = configure(rest), environment(a.folder)
     for name, (only, why) in CANNOT.items():
         if getattr(c, name) != only:
             die(f'--{name}={getattr(c, name)}: not on devices, {why}')
     settings(a)
     plan = {'argv': rest, 'deadline': a.deadline, 'least': a.least, 'keys': str(a.keys.resolve())}
     (a.folder / 'run.json').write_text(json.dumps(plan))
-    command = ['flwr', 'run', str(HERE), 'home', '--stream']
     (a.folder / 'summary.json').unlink(missing_ok=True)
-    subprocess.run(command, env=environment(a.folder))  # says 0 of a run that failed, too
+    try:
+        end_runs(env)
+        subprocess.run(
+            ['flwr', 'run', str(HERE), 'home', '--stream'], env=env, start_new_session=True
+        )  # 0 of a failed one, too
+    except KeyboardInterrupt:
+        end_runs(env)
+        print('stopped: the same command goes on after the last finished round', file=sys.stderr)
+        sys.exit(130)
     sys.exit(not (a.folder / 'summary.json').exists())
 
 
@@ -188,8 +203,11 @@ def main(argv: list[str]) -> None:
     if a.once:
         return device(a)
     # the server lets a key in once, and takes 20 seconds to see that the process that had it is gone: it is tried again
-    while subprocess.call([sys.executable, __file__, *argv, '--once', '--tied']):
-        time.sleep(5)
+    try:
+        while subprocess.call([sys.executable, __file__, *argv, '--once', '--tied']):
+            time.sleep(5)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == '__main__':
