@@ -110,7 +110,7 @@ def test_a_whole_run(tmp_path, capsys):
     parts = json.loads(out.read_text())['parts']
     assert parts.keys() == {'gpt2 fp32', 'smollm2 fp32'}
     for part in parts.values():
-        assert part['seconds'].keys() == {'P n=2', 'ours n=2', 'ours n=8', 'base', 'evaluation'} and part['tokens'] == 512
+        assert part['seconds'].keys() == {'P n=2', 'ours n=2', 'ours n=8', 'base', 'evaluation'} and part['tokens'] == 256
         assert all(len(times) == 1 and times[0] > 0 for times in part['seconds'].values())
     bench.main([*TINY, '--only=bf16', '--bases=smollm2', f'--out={out}'])
     more = json.loads(out.read_text())['parts']
