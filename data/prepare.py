@@ -246,19 +246,27 @@ def fill(
                 longest[category] = max(longest[category], len(ids))
             if all(map(enough, feeds)):
                 break
-    supply = []
-    for i, name in enumerate(names):
-        n = {names[owner]: n for (copy, owner), n in copies.items() if copy == i != owner}
-        same = f'{sum(n.values()):,} copies of documents of {" and ".join([*n][:3])}' if n else ''
-        if wants[i] and not pools[i]:
-            raise ValueError(f'there are no documents of {name}: {f"there are only {same}" if n else "nothing to prepare"}')
-        supply.append(f'{name}: {tokens[i]:,} tokens in {len(pools[i]) // 2:,} documents{f", beside {same}" if n else ""}')
+    pools = [np.array(pool).reshape(-1, 2) for pool in pools]
+    supply = supply_of(names, pools, copies, [*map(bool, wants)])
     if n_cut:
         print(f'{n_cut} documents longer than {max_chars:,} characters were cut there (--max_chars)')
     if n_other:
         why = f'it has no token for some characters, or changes them ({n_lost:,} bytes fewer)'
         print(f'{enc.name} cannot say {n_other:,} documents word for word: {why}')
-    return [np.array(pool).reshape(-1, 2) for pool in pools], ', '.join(supply)
+    return pools, supply
+
+
+def supply_of(names: list[str], pools: list[np.ndarray], copies: Counter, needed: list[bool]) -> str:
+    """In words how much there is of each category. Raises ValueError for one that is wanted and has no documents."""
+    supply = []
+    for i, name in enumerate(names):
+        n = {names[owner]: n for (copy, owner), n in copies.items() if copy == i != owner}
+        same = f'{sum(n.values()):,} copies of documents of {" and ".join([*n][:3])}' if n else ''
+        if needed[i] and not len(pools[i]):
+            raise ValueError(f'there are no documents of {name}: {f"there are only {same}" if n else "nothing to prepare"}')
+        beside = f', beside {same}' if n else ''
+        supply.append(f'{name}: {pools[i][:, 1].sum():,} tokens in {len(pools[i]):,} documents{beside}')
+    return ', '.join(supply)
 
 
 def deal(pools: list, asked: dict, shares: dict, seed: int) -> dict[tuple[int, str], np.ndarray]:
