@@ -52,6 +52,7 @@ expert_lr = 2e-3                # cosine to a tenth over all expert steps of the
 router_lr = 2e-3                # constant
 weight_decay = 0.01             # AdamW, on LoRA and router alike
 eval_every = 5                  # rounds between evaluations on the test split; the last round always is one
+eval_valid = False              # on the validation split, too: curves that show over-fitting (tools/plot.py fit)
 test_users = 0                  # users that are evaluated, drawn by the seed; 0: all
 # ---- what can go wrong, and what bounds it
 clip_norm = 0.0                 # bounds how far an update may move, in units of the median user's move; 0: off
@@ -130,6 +131,7 @@ MUST = {
         'it bounds the moves of a rule with one result for all: fedavg, ffa, fedsa, fdlora, median or trimmed_mean',
     "aggregate != 'fdlora' or n_generalists":
         "it mixes a user's own and the averaged generalists: give --n_generalists=1 or more",
+    'not (eval_valid and pooled)': 'validation text is of one user: give --eval_valid=False, or a method that pools no text',
     "aggregate != 'fdlora' or (participation == 1 and failures == 0 and test_users == 0)":
         'it ends with a search by every user: give --participation=1, --failures=0 and --test_users=0',
     'ghost_noise == 0 or min(batch_size, micro_batch_size) > 1':

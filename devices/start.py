@@ -27,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 CANNOT = {  # switches that only the simulator has, and why
     'pooled': (False, 'all text would be in one place'),
     'target': ('own', "the text would be everybody's"),
+    'eval_valid': (False, 'the server sees perplexities of test text only'),
     'failures': (0.0, 'devices fail by themselves'),
     'attack': ('none', 'devices attack by themselves'),
     'init_adapter': ('', 'every device would need the adapter'),

@@ -229,7 +229,7 @@ class Journal:
 
     def note(self, line: dict) -> None:
         """What a run must know of all its users later."""
-        if line['kind'] == 'eval':
+        if line['kind'] == 'eval' and (line['split'] == 'test' or line['when'] == 'final'):
             self.results.setdefault(line['when'], {})[line['user']] = line['round'], line['ppl']
         elif line['kind'] == 'comm':
             for key in ('bytes_up', 'bytes_down'):
@@ -241,11 +241,14 @@ class Journal:
     def test(self, user: User, when: str, model: GPT | None = None, **at: int) -> None:
         """The perplexity of the user's model (or another) on the whole test split of the user (of everybody, if pooled), which
         nothing else reads, and the mean score of every expert in every layer (L, E) there, if it has routers."""
-        for i, tokens in user.tests.items():
+        texts = [(i, 'test', tokens) for i, tokens in user.tests.items()]
+        if self.c.eval_valid and when == 'local':
+            texts.append((user.id, 'valid', user.data['valid']))
+        for i, split, tokens in texts:
             with autocast(user.device, self.c.dtype):
                 result = evaluate(model or user.model, tokens, self.c.block_size, self.hidden)
             seen = {key: result[key] for key in ('loss', 'ppl', 'scores') if result[key] is not None}
-            self.log('eval', {'step': user.expert_steps, 'user': i, 'split': 'test', 'when': when, **seen, **at})
+            self.log('eval', {'step': user.expert_steps, 'user': i, 'split': split, 'when': when, **seen, **at})
         self.trains_since = time.time()
 
     def of_all(self, when: str, t: int | None = None) -> list[float | None]:

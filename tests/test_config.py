@@ -256,6 +256,7 @@ BROKEN = [  # an example for every row of MUST, in their order
     ['--method=local', '--aggregate=median'],
     ['--method=pcl', '--clip_norm=1'],
     ['--aggregate=fdlora', '--n_generalists=0'],
+    ['--method=centralized', '--eval_valid=True'],
     ['--method=fdlora', '--failures=0.1'],
     ['--ghost_noise=8', '--micro_batch_size=1'],
     ['--method=local', '--init_adapter=folder'],

@@ -101,6 +101,29 @@ def test_other_switches_are_named_where_they_tell_runs_apart(place):
     assert [*lines_of(panels(plot.curves('Figure 3', runs))[0])] == ['2 experts, top_k 1', '2 experts, top_k 2']
 
 
+def test_over_fitting_is_a_panel_for_each_user_and_run_with_train_valid_and_test(place):
+    """Training text: exp of the mean loss of a round's steps, at the round's last step."""
+    runs = [pretend(f'out/{method}', [[8, 7], [6, 5]], method=method) for method in ('local', 'comigs_1g1s')]
+    for run in runs:
+        with open(Path(run, 'metrics.jsonl'), 'a') as f:
+            for t, step, ppl in ((1, 9, 8.0), (1, 10, 2.0), (2, 20, 3.0)):
+                for user in (0, 1):
+                    f.write(
+                        json.dumps({'kind': 'train', 'round': t, 'step': step, 'user': user, 'loss': float(np.log(ppl))}) + '\n'
+                    )
+            for user in (0, 1):
+                at = {'kind': 'eval', 'round': 2, 'step': 20, 'user': user, 'when': 'local', 'split': 'valid'}
+                f.write(json.dumps({**at, 'loss': 2.0, 'ppl': 5.5}) + '\n')
+    fig = plot.fit('Over-fitting', runs)
+    titles = ['Local\na (12.5 kB)', 'CoMiGS-1G1S\na (12.5 kB)', 'b (50 kB)', 'b (50 kB)']
+    assert [ax.get_title() for ax in panels(fig)] == titles
+    lines = lines_of(panels(fig)[3])
+    assert [*lines] == ['train', 'valid', 'test'] and [*map(list, lines['test'])] == [[10, 20], [7, 5]]
+    assert np.allclose(lines['train'], [[10, 20], [4, 3]]) and [*map(list, lines['valid'])] == [[20], [5.5]]
+    lines = lines_of(panels(fig)[0])  # the first user has one more training step, of perplexity e ** 2
+    assert np.isclose(lines['train'][1][0], (8 * 2 * np.exp(2)) ** (1 / 3))
+
+
 def test_scores_have_a_panel_for_each_layer_and_a_line_for_each_expert(place):
     run = pretend('out/a', [[6, 5], [4, 3]], scores=[[0.7, 0.3], [0.4, 0.6], [0.5, 0.5]])
     fig = plot.scores('Figure 4', [run])
@@ -273,6 +296,7 @@ def test_the_command_line(place, capsys):
         (['fig3', 'out/a', 'out/mixture'], 'out/a and out/mixture cannot be compared: target is own and mixture'),
         (['fig3', 'out/a', 'out/a'], 'out/a repeats another run: CoMiGS-1G1S 2 experts, seed 42'),
         (['fig3', 'out/begun'], 'out/begun has no evaluations: no tested user'),
+        (['fit', 'out/a'], 'out/a: no validation text was evaluated: train it with --eval_valid=True'),
         (['fig9', 'out/unfinished'], 'out/unfinished/summary.json cannot be read'),
         (['fig3', 'out/broken'], 'out/broken/metrics.jsonl cannot be read'),
         *((['run', f'out/{name}'], f'out/{name}/metrics.jsonl cannot be read') for name in ('list', 'cut', 'number')),

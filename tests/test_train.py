@@ -252,6 +252,16 @@ def test_bfloat16(train, finished):
     assert all(p.dtype == torch.float32 for user in run.users for p in user.adapter.values())
 
 
+def test_validation_text_may_be_looked_at_over_training_and_changes_nothing(train, finished):
+    run = train('--method=comigs_1gxs', '--n_experts=3,1,2', '--eval_valid=True')
+    more = [line for line in run.lines if line not in finished.lines]
+    assert [line for line in run.lines if line not in more] == finished.lines
+    assert {(line['when'], line['split']) for line in more} == {('local', 'valid')}
+    final = {line['user']: line['ppl'] for line in finished.lines if line.get('when') == 'final'}
+    assert {line['user']: line['ppl'] for line in more if line['round'] == 3} == final
+    assert run.summary['test_ppl'] == finished.summary['test_ppl'] and run.summary['valid_ppl'] == finished.summary['valid_ppl']
+
+
 # ---- files of a run --------------------------------------------------------------------------------------------------
 def test_metrics_and_adapters(finished):
     lines, summary, E = finished.lines, finished.summary, (3, 1, 2)

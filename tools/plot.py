@@ -3,6 +3,7 @@
     python tools/plot.py run out/a                # out/a/plot.png, and trust.png where users judged each other
     python tools/plot.py fig3 out/a out/b         # test perplexity of every user over training
     python tools/plot.py fig4 out/a               # scores of the experts in every layer over training
+    python tools/plot.py fit out/a out/b          # train, valid and test perplexity side by side: --eval_valid=True in the runs
     python tools/plot.py fig9 out/a out/c         # router_every x router_steps
     python tools/plot.py fig2 demo                # how many tokens the users of data/demo have
     python tools/plot.py trust out/b --out=out/who.png
@@ -38,8 +39,9 @@ APART = ('seed', 'out_dir', 'resume', 'overwrite', 'device', 'versions', 'git_co
 # ---- reading -------------------------------------------------------------------------------------------------------
 def read(folder: str | Path) -> SimpleNamespace:
     """A run, finished or not: config; meta, of its data ({} if that is gone); base {user: perplexity before training}; trust,
-    its lines of that kind; evals, its test evaluations after local steps: user, ppl, perhaps scores (L, E), and x, the expert
-    steps. Where users are too many to draw (many), they all are user -1, and x is the round."""
+    trained: its lines of that kind, and of expert steps; evals, valid: its evaluations after local steps on the test and the
+    validation text: user, ppl, perhaps scores (L, E), and x, the expert steps. Where users are too many to draw (many), they
+    all are user -1, and x is the round."""
     folder = Path(folder)
     run = SimpleNamespace(folder=folder, config=read_config(folder))
     meta = folder_of(run.config['dataset']) / 'meta.json'
@@ -50,8 +52,10 @@ def read(folder: str | Path) -> SimpleNamespace:
         lines = [read_json(folder / 'metrics.jsonl', 'kind', text=line) for line in text.splitlines()]
         run.trust = [line for line in lines if line['kind'] == 'trust']
         run.base = {line['user']: line['ppl'] for line in lines if line.get('when') == 'pretrained'}
-        local = [line for line in lines if (line.get('when'), line.get('split')) == ('local', 'test')]
-        run.evals = [{**line, 'user': -1 if run.many else line['user'], 'x': line[x]} for line in local]
+        run.trained = [line for line in lines if line['kind'] == 'train']
+        local = [line for line in lines if line.get('when') == 'local']
+        local = [{**line, 'user': -1 if run.many else line['user'], 'x': line[x]} for line in local]
+        run.evals, run.valid = ([line for line in local if line['split'] == split] for split in ('test', 'valid'))
     except (KeyError, TypeError) as error:
         raise ValueError(f'{folder}/metrics.jsonl has what no run wrote ({error!r})') from None
     if run.many and run.base:
@@ -210,6 +214,32 @@ def curves(what: str, folders: list) -> Figure:
     return fig
 
 
+def fit(what: str, folders: list) -> Figure:
+    """A row for each user, a column for each run: perplexity of the training text (exp of the mean loss of a round's steps,
+    before they have learned from it), of the validation and of the test text. Where they part, text is over-fitted."""
+    runs = read_all(folders)
+    users = runs[0].users
+    for run in runs:
+        if not run.valid or run.many:
+            why = 'too many users to draw' if run.many else 'no validation text was evaluated: train it with --eval_valid=True'
+            die(f'{run.folder}: {why}')
+    fig, axes = panels(len(users) * len(runs), len(runs), 1.25, 0.9, runs[0].x, sharex=True, sharey='row')
+    for k, ax in enumerate(axes):
+        user, run = users[k // len(runs)], runs[k % len(runs)]
+        steps = [line for line in run.trained if line['user'] == user]
+        rounds, losses = by_x([(line['round'], line['loss']) for line in steps])
+        ends = [max(line['step'] for line in steps if line['round'] == t) for t in rounds]
+        draw_line(ax, 0, 'train', ends, [float(np.exp(loss.mean())) for loss in losses])
+        for i, (label, evals) in enumerate((('valid', run.valid), ('test', run.evals)), 1):
+            xs, values = by_x([(e['x'], e['ppl']) for e in evals if e['user'] == user])
+            draw_line(ax, i, label, xs, [v.mean() for v in values])
+        ax.set_title('\n'.join(([method_and_experts(run.config)[0]] if k < len(runs) else []) + [title_of(run, user)]))
+    fig.suptitle(heading(what, runs))
+    fig.supylabel(perplexity_label(runs[0]).removeprefix('test '))
+    fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncol=3)
+    return fig
+
+
 def scores(what: str, folders: list) -> Figure:
     """Figure 4: a panel for each layer, a line for each expert: mean over users and seeds, shaded from least to largest."""
     runs = read_all(folders)
@@ -328,7 +358,7 @@ def overview(what: str, folders: list) -> Figure:
     return fig
 
 
-PICTURES = {'run': overview, 'trust': matrices, 'fig2': sizes, 'fig4': scores, 'fig9': grid}
+PICTURES = {'run': overview, 'trust': matrices, 'fit': fit, 'fig2': sizes, 'fig4': scores, 'fig9': grid}
 PICTURES |= dict.fromkeys(('fig3', 'fig6', 'fig7', 'fig8', 'fig10', 'fig11', 'fig12'), curves)
 
 
@@ -336,7 +366,7 @@ def draw(kind: str, given: list, out: Path) -> list[Path]:
     """Writes `out` as .png and .svg: the same input, the same bytes. Dies with one line before it writes anything."""
     try:
         with matplotlib.style.context(STYLE), warnings.catch_warnings(category=UserWarning, action='ignore'):  # no font has all
-            fig = PICTURES[kind](kind.replace('fig', 'Figure '), given)
+            fig = PICTURES[kind]('Over-fitting' if kind == 'fit' else kind.replace('fig', 'Figure '), given)
             out.parent.mkdir(parents=True, exist_ok=True)
             fig.savefig(out.with_suffix('.svg'), metadata={'Date': None})
             fig.savefig(out.with_suffix('.png'))
