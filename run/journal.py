@@ -240,7 +240,8 @@ class Journal:
 
     def test(self, user: User, when: str, model: GPT | None = None, **at: int) -> None:
         """The perplexity of the user's model (or another) on the whole test split of the user (of everybody, if pooled), which
-        nothing else reads, and the mean score of every expert in every layer (L, E) there, if it has routers."""
+        nothing else reads, and the mean score of every expert in every layer (L, E) there, if it has routers. With
+        --eval_valid, after local steps, the same of its validation text."""
         texts = [(i, 'test', tokens) for i, tokens in user.tests.items()]
         if self.c.eval_valid and when == 'local':
             texts.append((user.id, 'valid', user.data['valid']))
