@@ -372,6 +372,12 @@ def top_predictions(model: torch.nn.Module, windows: torch.Tensor, k: int, logit
     return torch.cat(ids).cpu(), torch.cat(values).cpu()
 
 
+def top_like(n: int, vocab_size: int) -> Tensors:
+    """Tensors such as a user sends of n positions: the 100 likeliest tokens of each, with their values."""
+    k = min(100, vocab_size)
+    return {'ids': torch.empty(n, k, dtype=torch.int32), 'values': torch.empty(n, k, dtype=torch.float16)}
+
+
 def dense(predictions: list[Predictions], vocab_size: int) -> Iterator[torch.Tensor]:
     """Yields (N, p, V) float32 of a few positions p at a time, zero where a token is not among its user's K."""
     p = max(1, 2**24 // (vocab_size * len(predictions)))  # 64 MB at a time

@@ -7,7 +7,6 @@ Every message starts a new process. What the user is comes from the device's fol
     metrics.jsonl                        every step's loss, as a run writes them: it stays here
     config.json, adapters/, summary.json the result, once the last round is over: a run's folder with one user"""
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -24,14 +23,14 @@ from messages import packed, unpacked
 import federate
 from configurator import configure, fit, folder_of, to_json
 from data.stream import Texts
-from federate import ONE_MODEL, Tensors, n_bytes, truncate
+from federate import ONE_MODEL, Tensors, n_bytes, top_like, truncate
 from llama import load_base
-from lora_moe import ATTENTION_RANK, scaling, shape_of
 from model import autocast, evaluate, fingerprint
 from run import checkpoint
 from run.checkpoint import part
 from run.fleet import public_windows
 from run.journal import FREE
+from run.report import save_common, save_user
 from train import local_round, pick_device, settle_precision
 from user import User, start_of
 
@@ -156,8 +155,7 @@ class Device:
             return
         own, expected = part(self.tensors, 'own/'), truncate(self.shared, self.c.lora_rank[self.i])
         if self.c.aggregate == 'consensus':
-            like = torch.empty(self.user.data['public'].numel(), min(100, self.c.vocab_size))
-            expected = {'ids': like.int(), 'values': like.half()}
+            expected = top_like(self.user.data['public'].numel(), self.c.vocab_size)
         self.user.take(self.group('own/', expected) if own else None)
         self.log('comm', {**self.user.traffic(), 'round': self.last})
         self.taken = True
@@ -224,19 +222,11 @@ class Device:
         """The folder as that of a run with one user, for tools/ and eval.py."""
         c, adapters = self.c, self.folder / 'adapters'
         adapters.mkdir(exist_ok=True)
-        own = {name: [getattr(c, name)[self.i]] for name in ('n_experts', 'lora_rank')}
-        facts = {'user': 0, 'name': self.name, 'method': c.method, 'round': self.last, **shape_of(c, self.i)}
-        facts |= {'scaling': scaling(c.lora_alpha, own['lora_rank'][0]), 'attention_rank': ATTENTION_RANK}
-        facts |= {'base': c.init_from, 'base_sha256': self.base_sha256}
-        said = {key: str(value) for key, value in facts.items()}
-        checkpoint.save(adapters / 'user0.safetensors', self.user.adapter, {}, **said)
-        if c.aggregate in ONE_MODEL:
-            checkpoint.save(adapters / 'server.safetensors', {**self.start, **self.server()}, {}, base=c.init_from)
-        if c.aggregate == 'flora':  # the base as the last round began with it
-            shape = {self.base.described_by: json.dumps(dataclasses.asdict(self.base.config))}
-            checkpoint.save(adapters / 'base.safetensors', self.base.state_dict(), {}, **shape)
+        save_user(adapters, 0, self.user.adapter, c, self.i, self.base_sha256, name=self.name, round=self.last)
+        save_common(adapters, c, {**self.start, **self.server()}, self.base, self.last)
         summary = {'rounds': self.last, 'users': [self.name], 'user_ids': [0], 'target': c.target}
         summary |= {'test_ppl': [ppl['trained']], 'pretrained_test_ppl': [ppl['pretrained']]}
+        own = {name: [getattr(c, name)[self.i]] for name in ('n_experts', 'lora_rank')}
         config = {**vars(c), **own, 'users': [self.name], 'tested': [0], 'base_sha256': self.base_sha256}
         for file, content in {'config.json': config, 'summary.json': summary}.items():
             checkpoint.write_atomically(self.folder / file, lambda path: path.write_text(to_json(content, indent=1)))

@@ -24,13 +24,14 @@ from messages import packed, unpacked
 
 import federate
 from configurator import configure, fit, mean, read_json, table, to_json
-from federate import LEAVES, ONE_MODEL, Tensors, n_bytes, truncate
+from federate import LEAVES, Tensors, n_bytes, top_like, truncate
 from llama import load_base
 from model import fingerprint
 from run import checkpoint
 from run.checkpoint import part
 from run.fleet import Fleet, public_windows
 from run.journal import FREE
+from run.report import save_common
 from user import start_of
 
 app = ServerApp()
@@ -60,8 +61,7 @@ class Server:
             meta = {'tokenizer': 'bytes' if V == 257 else 'gpt2'}
             meta |= {'tokenizer_sha256': hashlib.sha256(file.read_bytes()).hexdigest()} if file else {}
             public = public_windows(self.c, SimpleNamespace(folder=file and file.parent, meta=meta))
-        like = torch.empty(0 if public is None else public.numel(), min(100, V))
-        self.top = {'ids': like.int(), 'values': like.half()}
+        self.top = top_like(0 if public is None else public.numel(), V)
         public = '' if public is None else hashlib.sha256(public.numpy().tobytes()).hexdigest()
         self.start = start_of(self.c, self.base)
         self.asked = {name: v for name, v in self.start.items() if name[-1] in LEAVES.get(c.aggregate, 'AB')}
@@ -230,9 +230,7 @@ class Server:
         rows = [[self.names[i], *(told[i].get(key) for key in columns)] for i in sorted(told)]
         rows.append(['mean', *(mean([row[k] for row in rows]) for k in (1, 2, 3))])
         (self.folder / 'adapters').mkdir(exist_ok=True)
-        if self.c.aggregate in ONE_MODEL:
-            file = self.folder / 'adapters/server.safetensors'
-            checkpoint.save(file, Fleet.model_for_all(self, self.model), {}, base=self.c.init_from, round=str(self.t))
+        save_common(self.folder / 'adapters', self.c, Fleet.model_for_all(self, self.model), None, self.t)
         summary = {'rounds': self.t, 'users': self.names, 'test_ppl': {row[0]: dict(zip(columns, row[1:])) for row in rows}}
         text = to_json(summary, indent=1)
         checkpoint.write_atomically(self.folder / 'summary.json', lambda path: path.write_text(text))

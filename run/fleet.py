@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import federate
 from data.stream import Texts, load_text, tokenizer_of
-from federate import LEAVES, ONE_MODEL, Tensors, is_generalist, n_bytes, truncate
+from federate import LEAVES, ONE_MODEL, Tensors, is_generalist, n_bytes, top_like, truncate
 from model import GPT
 from run import checkpoint, processes
 from run.adapter import read_peft
@@ -183,8 +183,8 @@ class Fleet:
         if question == 'judge':  # infinity is a legal perplexity
             return processes.gather(mine)
         sent = processes.gather({i: self.attacked(i, answer) for i, answer in mine.items()})
-        V, n, k = self.c.vocab_size, 0 if self.public is None else self.public.numel(), min(100, self.c.vocab_size)
-        top = {'ids': torch.empty(n, k, dtype=torch.int32), 'values': torch.empty(n, k).half()}
+        V = self.c.vocab_size
+        top = top_like(0 if self.public is None else self.public.numel(), V)
         expected = {i: truncate(self.asked, self.c.lora_rank[i]) if question == 'upload' else top for i in ids}
         messages, lower = [(i, self.journal.t, answer) for i, answer in sent.items()], self.c.aggregate == 'hetlora'
         answers, refused = federate.admit(messages, self.journal.t, expected, lower_rank=lower, vocab_size=V)

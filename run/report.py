@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ from configurator import mean, table, to_json
 from federate import ONE_MODEL, Tensors, truncate
 from llama import load_base
 from lora_moe import ATTENTION_RANK, scaling, shape_of
-from model import autocast, evaluate, perplexity
+from model import GPT, autocast, evaluate, perplexity
 from run import checkpoint, processes
 from run.checkpoint import write_atomically
 from run.fleet import Fleet
@@ -56,19 +57,30 @@ def report(c: SimpleNamespace, fleet: Fleet, journal: Journal, server: Tensors) 
 
 
 def save_adapters(c: SimpleNamespace, fleet: Fleet, journal: Journal, server: Tensors) -> None:
-    """Each user's own tensors, and the server's, with what a reader needs to rebuild the model around them."""
     here, folder = {user.id: user.adapter for user in fleet.here}, journal.out / 'adapters'
     for i in sorted({*fleet.last_round, *([0] if c.pooled else fleet.tested)})[processes.rank() :: processes.world()]:
-        facts = {'user': i, 'name': journal.name(i), 'method': c.method, 'round': fleet.last_round.get(i, 0), **shape_of(c, i)}
-        facts |= {'scaling': scaling(c.lora_alpha, c.lora_rank[i]), 'attention_rank': ATTENTION_RANK}
-        facts |= {'base': c.init_from, 'base_sha256': journal.identity['base']}
-        own = here[i] if i in here else checkpoint.read(fleet.file(i), 'adapter/')[0]
-        checkpoint.save(folder / f'user{i}.safetensors', own, {}, **{key: str(value) for key, value in facts.items()})
-    if c.aggregate in ONE_MODEL and processes.rank() == 0:
-        checkpoint.save(folder / 'server.safetensors', fleet.model_for_all(server), {}, base=c.init_from, round=str(c.rounds))
-    if c.aggregate == 'flora' and processes.rank() == 0:  # as the last round began with it
-        shape = json.dumps(dataclasses.asdict(fleet.base.config))
-        checkpoint.save(folder / 'base.safetensors', fleet.base.state_dict(), {}, **{fleet.base.described_by: shape})
+        own, sha256 = here[i] if i in here else checkpoint.read(fleet.file(i), 'adapter/')[0], journal.identity['base']
+        save_user(folder, i, own, c, i, sha256, name=journal.name(i), round=fleet.last_round.get(i, 0))
+    if processes.rank() == 0:
+        save_common(folder, c, fleet.model_for_all(server), fleet.base, c.rounds)
+
+
+def save_user(folder: Path, number: int, own: Tensors, c: SimpleNamespace, i: int, base_sha256: str, **facts: object) -> None:
+    """user{number}.safetensors: a user's own tensors, with what a reader needs to rebuild the model around them. i: its place
+    in the switches."""
+    facts |= {'user': number, 'method': c.method, **shape_of(c, i), 'scaling': scaling(c.lora_alpha, c.lora_rank[i])}
+    facts |= {'attention_rank': ATTENTION_RANK, 'base': c.init_from, 'base_sha256': base_sha256}
+    checkpoint.save(folder / f'user{number}.safetensors', own, {}, **{key: str(value) for key, value in facts.items()})
+
+
+def save_common(folder: Path, c: SimpleNamespace, model: Tensors, base: GPT | None, t: int) -> None:
+    """server.safetensors, where there is one model for all after round t; base.safetensors, where FLoRA changes the base: as
+    the last round began with it."""
+    if c.aggregate in ONE_MODEL:
+        checkpoint.save(folder / 'server.safetensors', model, {}, base=c.init_from, round=str(t))
+    if c.aggregate == 'flora' and base:
+        shape = json.dumps(dataclasses.asdict(base.config))
+        checkpoint.save(folder / 'base.safetensors', base.state_dict(), {}, **{base.described_by: shape})
 
 
 def summarise(c: SimpleNamespace, fleet: Fleet, journal: Journal, trainable: list[int]) -> dict:
