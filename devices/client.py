@@ -120,7 +120,7 @@ class Device:
     def save(self, t: int) -> None:
         tensors, facts = self.user.state()
         if self.c.aggregate == 'flora':
-            tensors |= {f'base/{name}': v for name, v in self.base.state_dict().items()}
+            tensors |= checkpoint.under('base/', self.base.state_dict())
         here = [self.user.bytes_up, self.user.bytes_down, self.metrics.stat().st_size, self.taken]
         checkpoint.save(self.file(t), tensors, {**facts, 'here': here})
 
@@ -228,8 +228,8 @@ class Device:
         summary |= {'test_ppl': [ppl['trained']], 'pretrained_test_ppl': [ppl['pretrained']]}
         own = {name: [getattr(c, name)[self.i]] for name in ('n_experts', 'lora_rank')}
         config = {**vars(c), **own, 'users': [self.name], 'tested': [0], 'base_sha256': self.base_sha256}
-        for file, content in {'config.json': config, 'summary.json': summary}.items():
-            checkpoint.write_atomically(self.folder / file, lambda path: path.write_text(to_json(content, indent=1)))
+        checkpoint.write_json(self.folder / 'config.json', config)
+        checkpoint.write_json(self.folder / 'summary.json', summary)
 
 
 def answer(question: str, message: Message, context: Context) -> Message:

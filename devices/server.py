@@ -232,8 +232,7 @@ class Server:
         (self.folder / 'adapters').mkdir(exist_ok=True)
         save_common(self.folder / 'adapters', self.c, Fleet.model_for_all(self, self.model), None, self.t)
         summary = {'rounds': self.t, 'users': self.names, 'test_ppl': {row[0]: dict(zip(columns, row[1:])) for row in rows}}
-        text = to_json(summary, indent=1)
-        checkpoint.write_atomically(self.folder / 'summary.json', lambda path: path.write_text(text))
+        checkpoint.write_json(self.folder / 'summary.json', summary)
         print(table(['test perplexity', *columns], rows), flush=True)
 
 

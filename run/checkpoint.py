@@ -25,6 +25,8 @@ import torch
 from safetensors.torch import load
 from safetensors.torch import save as to_bytes
 
+from configurator import to_json
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -51,6 +53,11 @@ def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def write_json(file: Path, value: object) -> None:
+    """As `write_atomically`, in lines that people can read."""
+    write_atomically(file, lambda path: path.write_bytes(to_json(value, indent=1).encode()))
 
 
 def lock(file: Path) -> BinaryIO | None:
@@ -106,6 +113,11 @@ def read(file: Path, prefix: str = '') -> tuple[dict[str, torch.Tensor], dict]:
 def part(tensors: dict, prefix: str) -> dict:
     """The tensors whose names begin with the prefix, without it."""
     return {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
+
+
+def under(prefix: str, tensors: dict) -> dict:
+    """The tensors with the prefix before their names, as `part` finds them."""
+    return {prefix + name: v for name, v in tensors.items()}
 
 
 def user_file(folder: Path, i: int, t: int) -> Path:

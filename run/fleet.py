@@ -137,9 +137,9 @@ class Fleet:
             checkpoint.save(self.file(user.id), *user.state())
         processes.all_gather()  # everybody's files are there
         if processes.rank() == 0:
-            tensors = {f'server/{name}': v for name, v in self.model_for_all(server).items()}
+            tensors = checkpoint.under('server/', self.model_for_all(server))
             if self.c.aggregate == 'flora' and t > 0:
-                tensors |= {f'base/{name}': v for name, v in self.base.state_dict().items()}
+                tensors |= checkpoint.under('base/', self.base.state_dict())
             facts = {'round': t, 'last_round': self.last_round, 'stacks': self.stacks, **self.journal.facts()}
             checkpoint.save(checkpoint.round_file(self.journal.folder, t), tensors, facts)
             checkpoint.remove_others(self.journal.folder, (t, self.last_round), (t - 1, before))

@@ -36,7 +36,6 @@ from configurator import cell, die, mean, read_config, read_json, to_json
 from federate import Tensors, n_bytes, truncate
 from model import GPT, autocast, evaluate
 from run import checkpoint, processes
-from run.checkpoint import write_atomically
 from user import User
 
 FREE = ('out_dir', 'resume', 'overwrite', 'device', 'init_from', 'init_adapter', 'dataset', 'quiet')  # --resume may change them
@@ -164,7 +163,7 @@ class Journal:
                 self.clear()
                 versions = {'python': sys.version.split()[0], 'torch': torch.__version__, 'numpy': np.__version__}
                 effective |= {'versions': versions, 'git_commit': git_commit()}
-                write_atomically(self.out / 'config.json', lambda f: f.write_bytes(to_json(effective, indent=1).encode()))
+                checkpoint.write_json(self.out / 'config.json', effective)
         except OSError as error:
             die(f'cannot write to --out_dir={self.c.out_dir}: {error.strerror}')
         processes.all_gather()

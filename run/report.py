@@ -10,13 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from configurator import mean, table, to_json
+from configurator import mean, table
 from federate import ONE_MODEL, Tensors, truncate
 from llama import load_base
 from lora_moe import ATTENTION_RANK, scaling, shape_of
 from model import GPT, autocast, evaluate, perplexity
 from run import checkpoint, processes
-from run.checkpoint import write_atomically
 from run.fleet import Fleet
 from run.journal import Journal
 
@@ -51,7 +50,7 @@ def report(c: SimpleNamespace, fleet: Fleet, journal: Journal, server: Tensors) 
     trainable = processes.gather({user.id: {'n': torch.tensor(user.trainable)} for user in users})
     processes.end()
     summary = summarise(c, fleet, journal, [own['n'].item() if c.rounds else 0 for own in trainable.values()])
-    write_atomically(journal.out / 'summary.json', lambda file: file.write_bytes(to_json(summary, indent=1).encode()))
+    checkpoint.write_json(journal.out / 'summary.json', summary)
     show(c, journal, summary)
     return summary
 
