@@ -28,7 +28,7 @@ from llama import load_base
 from model import GPT, HUB, GPTConfig, autocast, fast_fp32, fingerprint, store_in_bf16, usable
 from run import processes
 from run.adapter import read_files
-from run.fleet import Fleet, public_windows
+from run.fleet import Fleet, public_sha256, public_windows
 from run.journal import FREE, Journal, stop_on_signals
 from run.report import report
 from user import User
@@ -96,7 +96,7 @@ def prepare(c: SimpleNamespace, journal: Journal) -> tuple[Fleet, Tensors]:
         die(error)
     # what must be the same for a run to be continued: the base before it is stored otherwise, the text, the switches that count
     identity = {**switches, 'base': fingerprint(base), 'adapter': fleet.adapter_sha256}
-    identity['public'] = None if public is None else hashlib.sha256(public.numpy().tobytes()).hexdigest()
+    identity['public'] = public_sha256(public)
     identity['data'] = hashlib.sha256(json.dumps([user['sha256'] for user in texts.meta['users']]).encode()).hexdigest()
     c.dtype = settle_precision(c, base)
     try_out(c)

@@ -141,6 +141,19 @@ def tokenizer_of(folder: Path, meta: dict) -> Encoding:
     return Tokenizer(folder / TOKENIZER, meta['tokenizer'])
 
 
+def tokenizer_for(vocab_size: int, file: Path | None) -> Encoding:
+    """What a base of so many tokens reads: its own tokenizer.json, if it has one, else what has as many. Raises as `encoding`
+    and `Tokenizer`, and ValueError if nothing has."""
+    if file:
+        return Tokenizer(file)
+    for name, n in VOCABULARIES.items():
+        if 0 <= vocab_size - n < 128:  # bases pad their vocabulary, e.g. 50257 -> 50304
+            return encoding(name)
+    raise ValueError(
+        f'the base has a vocabulary of {vocab_size} tokens: expected 257 (bytes) or 50257 (gpt2), or up to 127 more'
+    )
+
+
 def check_tokenizer(folder: Path, meta: dict) -> None:
     """Raises ValueError unless a data set's tokenizer.json, if it has one, is there as it was prepared."""
     file, sha256 = folder / TOKENIZER, meta.get('tokenizer_sha256')

@@ -8,7 +8,6 @@ Every message starts a new process. What the user is comes from the device's fol
     config.json, adapters/, summary.json the result, once the last round is over: a run's folder with one user"""
 
 import functools
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -28,7 +27,7 @@ from llama import load_base
 from model import autocast, evaluate, fingerprint
 from run import checkpoint
 from run.checkpoint import part
-from run.fleet import public_windows
+from run.fleet import public_sha256, public_windows
 from run.journal import FREE
 from run.report import save_common, save_user
 from train import local_round, pick_device, settle_precision
@@ -93,7 +92,7 @@ class Device:
             raise ValueError(f'{c.dataset} holds the text of several users: a device has that of one')
         self.n_train, public, data = texts.n_train[0], public_windows(c, texts), texts.of(0)
         if public is not None:
-            if told['public'] != hashlib.sha256(public.numpy().tobytes()).hexdigest():
+            if told['public'] != public_sha256(public):
                 raise ValueError(f'--public_text={c.public_text} is not that of this federation')
             data['public'] = public.to(c.device)
         c.dtype = settle_precision(c, self.base)

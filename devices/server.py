@@ -8,12 +8,10 @@ is averaged, and what it made for single users; never text, a router, a speciali
 A user is a name with a key (`users.json`, NAME.pub), and its number is its place in that list. Flower says whose key signed
 what comes; a message in another's name is refused."""
 
-import hashlib
 import json
 import os
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
@@ -24,12 +22,13 @@ from messages import packed, unpacked
 
 import federate
 from configurator import configure, fit, mean, read_json, table, to_json
+from data.stream import tokenizer_for
 from federate import LEAVES, Tensors, n_bytes, top_like, truncate
 from llama import load_base
 from model import fingerprint
 from run import checkpoint
 from run.checkpoint import part
-from run.fleet import Fleet, public_windows
+from run.fleet import Fleet, public_sha256, public_windows
 from run.journal import FREE
 from run.report import save_common
 from user import start_of
@@ -57,15 +56,11 @@ class Server:
         self.settle()
         V, public = self.base.config.vocab_size, None
         if self.c.public_text:
-            file = self.base.tokenizer
-            meta = {'tokenizer': 'bytes' if V == 257 else 'gpt2'}
-            meta |= {'tokenizer_sha256': hashlib.sha256(file.read_bytes()).hexdigest()} if file else {}
-            public = public_windows(self.c, SimpleNamespace(folder=file and file.parent, meta=meta))
+            public = public_windows(self.c, None, tokenizer_for(V, self.base.tokenizer))
         self.top = top_like(0 if public is None else public.numel(), V)
-        public = '' if public is None else hashlib.sha256(public.numpy().tobytes()).hexdigest()
         self.start = start_of(self.c, self.base)
         self.asked = {name: v for name, v in self.start.items() if name[-1] in LEAVES.get(c.aggregate, 'AB')}
-        self.identity = {'base': fingerprint(self.base), 'public': public}
+        self.identity = {'base': fingerprint(self.base), 'public': public_sha256(public) or ''}
         self.identity['switches'] = json.dumps({key: value for key, value in vars(c).items() if key not in NOT_TOLD})
         self.last, self.n_train, self.own, self.stacks, self.ppl, self.lines = {}, {}, {}, {}, {}, 0
         self.model = Fleet.first(self)  # what everybody's first round starts from

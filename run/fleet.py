@@ -3,6 +3,7 @@
 A user that does not train is a file, so memory depends on how many take part in a round, not on how many there are. With
 several processes each has a part of those present in memory, and `ask` brings together what they answer."""
 
+import hashlib
 import math
 import sys
 import time
@@ -15,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import federate
-from data.stream import Texts, load_text, tokenizer_of
+from data.stream import Encoding, Texts, load_text, tokenizer_of
 from federate import LEAVES, ONE_MODEL, Tensors, is_generalist, n_bytes, top_like, truncate
 from model import GPT
 from run import checkpoint, processes
@@ -24,8 +25,9 @@ from run.journal import Journal
 from user import User, start_of
 
 
-def public_windows(c: SimpleNamespace, texts: Texts) -> torch.Tensor | None:
-    """(W, T): the windows of text that all may read, for the rules that need it, else None. Raises ValueError or OSError."""
+def public_windows(c: SimpleNamespace, texts: Texts | None, enc: Encoding | None = None) -> torch.Tensor | None:
+    """(W, T): the windows of text that all may read, for the rules that need it, else None. enc: what reads --public_text, by
+    default the tokenizer of texts. Raises ValueError or OSError."""
     if c.aggregate != 'consensus' and (c.aggregate, c.trust) != ('trust', 'predictions'):
         return None
 
@@ -34,7 +36,8 @@ def public_windows(c: SimpleNamespace, texts: Texts) -> torch.Tensor | None:
         return torch.from_numpy(tokens[: n * c.block_size].astype(np.int64)).view(n, c.block_size)
 
     if c.public_text:
-        windows = whole(load_text(c.public_text, tokenizer_of(texts.folder, texts.meta)), c.judge_windows)
+        enc = enc or tokenizer_of(texts.folder, texts.meta)
+        windows = whole(load_text(c.public_text, enc), c.judge_windows)
     else:
         N = len(texts.n_train)
         each, some = math.ceil(c.judge_windows / N), range(min(N, c.judge_windows))
@@ -42,6 +45,10 @@ def public_windows(c: SimpleNamespace, texts: Texts) -> torch.Tensor | None:
     if not len(windows):
         raise ValueError(f'--public_text={c.public_text} is shorter than one window of {c.block_size} tokens')
     return windows
+
+
+def public_sha256(public: torch.Tensor | None) -> str | None:
+    return None if public is None else hashlib.sha256(public.numpy().tobytes()).hexdigest()
 
 
 class Fleet:

@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import die, folder_of, home, parser
-from data.stream import TOKENIZER, VOCABULARIES, Encoding, Tokenizer, encoding, load_text, read_meta, tokenizer_of
+from data.stream import TOKENIZER, Encoding, Tokenizer, load_text, read_meta, tokenizer_for, tokenizer_of
 from eval import open_base, open_run, read_run, who_is
 from model import GPT, autocast
 
@@ -81,15 +81,9 @@ def pick(args: argparse.Namespace, models: dict[str, GPT], names: dict[str, str]
 
 def vocabulary_of(base: GPT, dataset: Path | None) -> Encoding:
     """The base's own tokenizer.json, else that of its run's data set, if there is one, else what has as many tokens."""
-    if base.tokenizer:
-        return Tokenizer(base.tokenizer)
-    if dataset and (dataset / TOKENIZER).is_file():
+    if not base.tokenizer and dataset and (dataset / TOKENIZER).is_file():
         return tokenizer_of(dataset, read_meta(dataset, base.config.vocab_size))
-    V = base.config.vocab_size
-    for name, n in VOCABULARIES.items():
-        if 0 <= V - n < 128:  # bases pad their vocabulary, e.g. 50257 -> 50304
-            return encoding(name)
-    die(f'the base has a vocabulary of {V} tokens: expected 257 (bytes) or 50257 (gpt2), or up to 127 more')
+    return tokenizer_for(base.config.vocab_size, base.tokenizer)
 
 
 def read_prompt(prompt: str, enc: Encoding, n_positions: int) -> tuple[str, list[int]]:
