@@ -24,11 +24,11 @@ from configurator import configure, fit, folder_of, to_json
 from data.stream import Texts
 from federate import ONE_MODEL, Tensors, n_bytes, top_like, truncate
 from llama import load_base
-from model import autocast, evaluate, fingerprint
+from model import GPT, fingerprint
 from run import checkpoint
 from run.checkpoint import part
 from run.fleet import public_sha256, public_windows
-from run.journal import FREE
+from run.journal import FREE, measured
 from run.report import save_common, save_user
 from train import local_round, pick_device, settle_precision
 from user import User, start_of
@@ -127,12 +127,10 @@ class Device:
         with open(self.metrics, 'a') as f:
             f.write(to_json({'kind': kind, 'round': self.round, **values}) + '\n')
 
-    def test(self, when: str, model: object = None, **at: int) -> float:
-        with autocast(self.user.device, self.c.dtype):
-            result = evaluate(model or self.user.model, self.user.data['test'], self.c.block_size, quiet=True)
-        seen = {key: result[key] for key in ('loss', 'ppl', 'scores') if result[key] is not None}
+    def test(self, when: str, model: GPT | None = None, **at: int) -> float:
+        seen = measured(self.c, self.user, self.user.data['test'], model)
         self.log('eval', {'step': self.user.expert_steps, 'user': self.i, 'split': 'test', 'when': when, **seen, **at})
-        return result['ppl']
+        return seen['ppl']
 
     # ---- what comes: checked as strictly as what the server accepts ------------------------------------------------------
     def group(self, prefix: str, expected: Tensors, ranks: bool = False) -> Tensors:

@@ -45,6 +45,14 @@ WRITTEN = (  # by a run and by the tools, in a run's folder
 ).replace('NAME', checkpoint.NAME)
 
 
+def measured(c: SimpleNamespace, user: User, tokens: np.ndarray, model: GPT | None = None, quiet: bool = True) -> dict:
+    """Loss and perplexity of the user's model (or another) on these tokens, and the mean score of every expert in every layer
+    (L, E) there, if it has routers."""
+    with autocast(user.device, c.dtype):
+        result = evaluate(model or user.model, tokens, c.block_size, quiet)
+    return {key: result[key] for key in ('loss', 'ppl', 'scores') if result[key] is not None}
+
+
 def stop_on_signals(out_dir: str) -> None:
     """SIGINT, SIGTERM: the process ends at once. Every finished round is on disk, --resume does the interrupted one again."""
 
@@ -238,16 +246,13 @@ class Journal:
             self.losses += [line['loss']] if line['kind'] == 'train' else []
 
     def test(self, user: User, when: str, model: GPT | None = None, **at: int) -> None:
-        """The perplexity of the user's model (or another) on the whole test split of the user (of everybody, if pooled), which
-        nothing else reads, and the mean score of every expert in every layer (L, E) there, if it has routers. With
-        --eval_valid, after local steps, the same of its validation text."""
+        """What is measured of the user's model (or another) on the whole test split of the user (of all, if pooled), which
+        nothing else reads. With --eval_valid, after local steps, the same of its validation text."""
         texts = [(i, 'test', tokens) for i, tokens in user.tests.items()]
         if self.c.eval_valid and when == 'local':
             texts.append((user.id, 'valid', user.data['valid']))
         for i, split, tokens in texts:
-            with autocast(user.device, self.c.dtype):
-                result = evaluate(model or user.model, tokens, self.c.block_size, self.hidden)
-            seen = {key: result[key] for key in ('loss', 'ppl', 'scores') if result[key] is not None}
+            seen = measured(self.c, user, tokens, model, self.hidden)
             self.log('eval', {'step': user.expert_steps, 'user': i, 'split': split, 'when': when, **seen, **at})
         self.trains_since = time.time()
 
