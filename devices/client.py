@@ -17,7 +17,7 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.supercore.differential_privacy import add_gaussian_noise_inplace, compute_clip_model_update
-from messages import packed, unpacked
+from messages import LOCAL, packed, unpacked
 
 import federate
 from configurator import configure, fit, folder_of, to_json
@@ -28,12 +28,11 @@ from model import GPT, fingerprint
 from run import checkpoint
 from run.checkpoint import part
 from run.fleet import public_sha256, public_windows
-from run.journal import FREE, measured
+from run.journal import measured
 from run.report import save_common, save_user
 from train import local_round, pick_device, settle_precision
 from user import User, start_of
 
-LOCAL = (*FREE, 'public_text')  # switches about where things are, which are the device's own affair
 app = ClientApp()
 
 
@@ -150,10 +149,10 @@ class Device:
         """What the server made for this user alone in the last round that it counted, once; and that round's bytes."""
         if self.taken:
             return
-        own, expected = part(self.tensors, 'own/'), truncate(self.shared, self.c.lora_rank[self.i])
+        own, expected = part(self.tensors, f'own{self.i}/'), truncate(self.shared, self.c.lora_rank[self.i])
         if self.c.aggregate == 'consensus':
             expected = top_like(self.user.data['public'].numel(), self.c.vocab_size)
-        self.user.take(self.group('own/', expected) if own else None)
+        self.user.take(self.group(f'own{self.i}/', expected) if own else None)
         self.log('comm', {**self.user.traffic(), 'round': self.last})
         self.taken = True
 
@@ -236,7 +235,5 @@ def answer(question: str, message: Message, context: Context) -> Message:
     return Message(packed(sent, {'user': device.name, 'round': told['round'], **facts}), reply_to=message)
 
 
-app.train()(functools.partial(answer, 'train'))
-app.evaluate()(functools.partial(answer, 'evaluate'))
-app.query('judge')(functools.partial(answer, 'judge'))
-app.query('predict')(functools.partial(answer, 'predict'))
+for question in ('train', 'judge', 'predict', 'evaluate'):
+    app.query(question)(functools.partial(answer, question))

@@ -7,6 +7,10 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from safetensors.torch import load, save
 
+from run.journal import FREE
+
+LOCAL = (*FREE, 'public_text')  # switches about where things are, which are every machine's own affair
+
 
 def packed(tensors: dict[str, torch.Tensor], facts: dict) -> RecordDict:
     """facts: {name: bool, int, float, str}."""

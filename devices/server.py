@@ -2,12 +2,14 @@
 is averaged, and what it made for single users; never text, a router, a specialist or an optimizer's state.
 
     run.json         the switches of the run; deadline, the seconds that a question may take; least, how many must answer
-    checkpoint/      round-{t}.safetensors of the last finished round and the one before it: whoever dies, it goes on there
+    checkpoint/      round-{t}.safetensors of the last finished round and the one before it: whoever dies, it goes on there.
+                     server/NAME is everybody's, own{i}/NAME user i's alone, stack{t}/NAME what FLoRA made in round t
     metrics.jsonl    rounds, refusals, trust; at the end adapters/server.safetensors, and summary.json with perplexities
 
 A user is a name with a key (`users.json`, NAME.pub), and its number is its place in that list. Flower says whose key signed
 what comes; a message in another's name is refused."""
 
+import copy
 import json
 import os
 import time
@@ -18,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-from messages import packed, unpacked
+from messages import LOCAL, packed, unpacked
 
 import federate
 from configurator import configure, fit, mean, read_json, table, to_json
@@ -27,74 +29,61 @@ from federate import LEAVES, Tensors, n_bytes, top_like, truncate
 from llama import load_base
 from model import fingerprint
 from run import checkpoint
-from run.checkpoint import part
+from run.checkpoint import part, under
 from run.fleet import Fleet, public_sha256, public_windows
-from run.journal import FREE
 from run.report import save_common
 from user import start_of
 
 app = ServerApp()
-NOT_TOLD = (*FREE, 'public_text')  # switches about where things are on this machine
-QUESTION = {'train': 'train', 'evaluate': 'evaluate', 'judge': 'query.judge', 'predict': 'query.predict'}
 
 
 class Server:
     def __init__(self, grid: Grid, folder: Path):
         """Raises ValueError or OSError, one line. The run in the folder, if it is this one, goes on after its last round."""
-        self.grid, self.folder, self.t, self.rounds = grid, folder, 0, folder / 'checkpoint'
+        self.grid, self.folder, self.t, self.users, self.rounds = grid, folder, 0, [], folder / 'checkpoint'
         plan = read_json(folder / 'run.json', 'argv', 'deadline', 'least', 'keys')
-        self.keys, self.deadline, self.least, self.given = Path(plan['keys']), plan['deadline'], plan['least'], plan['argv']
+        self.keys, self.deadline, self.least = Path(plan['keys']), plan['deadline'], plan['least']
         self.rounds.mkdir(exist_ok=True)
         until = time.time() + 20  # a run that was stopped may be at its end
-        while not (lock := checkpoint.lock(folder / '.lock')) and time.time() < until:
+        while not (lock := checkpoint.lock(folder / '.lock')):
+            if time.time() > until:
+                raise ValueError(f'another run is at work in {folder}')
             time.sleep(0.5)
-        self.lock = lock
-        if not self.lock:
-            raise ValueError(f'another run is at work in {folder}')
-        c = configure(self.given)
-        self.base = load_base(c.init_from)
+        self.lock, self.given = lock, configure(plan['argv'])
+        self.base = load_base(self.given.init_from)
         self.settle()
         V, public = self.base.config.vocab_size, None
         if self.c.public_text:
             public = public_windows(self.c, None, tokenizer_for(V, self.base.tokenizer))
         self.top = top_like(0 if public is None else public.numel(), V)
         self.start = start_of(self.c, self.base)
-        self.asked = {name: v for name, v in self.start.items() if name[-1] in LEAVES.get(c.aggregate, 'AB')}
+        self.asked = {name: v for name, v in self.start.items() if name[-1] in LEAVES.get(self.c.aggregate, 'AB')}
         self.identity = {'base': fingerprint(self.base), 'public': public_sha256(public) or ''}
-        self.identity['switches'] = json.dumps({key: value for key, value in vars(c).items() if key not in NOT_TOLD})
-        self.last, self.n_train, self.own, self.stacks, self.ppl, self.lines = {}, {}, {}, {}, {}, 0
-        self.model = Fleet.first(self)  # what everybody's first round starts from
+        self.identity['switches'] = json.dumps({key: value for key, value in vars(self.given).items() if key not in LOCAL})
+        self.tensors, lines = under('server/', Fleet.first(self)), 0
         if done := checkpoint.rounds(self.rounds):
-            self.resume(*checkpoint.read(checkpoint.round_file(self.rounds, done[-1])))
+            self.tensors, facts = checkpoint.read(checkpoint.round_file(self.rounds, done[-1]))
+            if facts['identity'] != self.identity:
+                raise ValueError(f'{folder} holds a run with other switches or another base: give another folder')
+            self.t, self.users, lines = facts['round'], facts['users'], facts['lines']
         with open(folder / 'metrics.jsonl', 'ab') as f:
-            f.truncate(self.lines)
+            f.truncate(lines)
 
     def settle(self) -> None:
-        """Who the users are by now, and the switches with an entry for each."""
+        """Who the users are by now, what is known of each, and the switches with an entry for each. last: the round after which
+        the user goes on."""
         self.names = read_json(self.keys / 'users.json', 'users')['users']
         self.N = len(self.names)
-        self.c = fit(configure(self.given), self.N, self.base.config.n_positions)
+        self.users += [{'last': 0, 'tokens': 1, 'ppl': None} for _ in self.names[len(self.users) :]]
+        self.c = fit(copy.copy(self.given), self.N, self.base.config.n_positions)
         self.c.vocab_size = self.base.config.vocab_size
 
     # ---- the folder --------------------------------------------------------------------------------------------------
-    def resume(self, tensors: Tensors, facts: dict) -> None:
-        if facts['identity'] != self.identity:
-            raise ValueError(f'{self.folder} holds a run with other switches or another base: give another folder')
-        self.t, self.lines, self.model = facts['round'], facts['lines'], part(tensors, 'server/')
-        self.last, self.n_train, self.ppl = ({int(i): v for i, v in facts[key].items()} for key in ('last', 'n_train', 'ppl'))
-        for kind, where in (('own', self.own), ('stack', self.stacks)):
-            for key in (key for key in tensors if key.startswith(kind)):
-                number, _, name = key.removeprefix(kind).partition('/')
-                where.setdefault(int(number), {})[name] = tensors[key]
-
     def save(self) -> None:
         """Round self.t is over: from now on the run goes on after it. The one before it is kept, too."""
-        tensors = {f'server/{name}': v for name, v in self.model.items()}
-        for kind, where in (('own', self.own), ('stack', self.stacks)):
-            tensors |= {f'{kind}{i}/{name}': v for i, found in where.items() for name, v in found.items()}
-        facts = {'round': self.t, 'last': self.last, 'n_train': self.n_train, 'ppl': self.ppl, 'identity': self.identity}
-        facts |= {'lines': (self.folder / 'metrics.jsonl').stat().st_size}
-        checkpoint.save(checkpoint.round_file(self.rounds, self.t), tensors, facts)
+        lines = (self.folder / 'metrics.jsonl').stat().st_size
+        facts = {'round': self.t, 'users': self.users, 'lines': lines, 'identity': self.identity}
+        checkpoint.save(checkpoint.round_file(self.rounds, self.t), self.tensors, facts)
         checkpoint.remove_others(self.rounds, (self.t, {}), (self.t - 1, {}))
 
     def log(self, kind: str, values: dict) -> None:
@@ -116,8 +105,8 @@ class Server:
         nodes, messages, until, came = self.online(), {}, time.time() + self.deadline, []
         facts |= {'round': self.t, 'users': self.N, **self.identity}
         for i in (i for i in letters if i in nodes):
-            told = packed(letters[i], {**facts, 'user': i, 'last': self.last.get(i, 0)})
-            messages[i] = Message(told, nodes[i], QUESTION[question], ttl=self.deadline, group_id=str(self.t + 1))
+            told = packed(letters[i], {**facts, 'user': i, 'last': self.users[i]['last']})
+            messages[i] = Message(told, nodes[i], f'query.{question}', ttl=self.deadline, group_id=str(self.t + 1))
             self.bytes[1] += n_bytes(letters[i])
         whose = dict(zip(self.grid.push_messages([*messages.values()]), messages)) if messages else {}
         waiting = set(whose)
@@ -137,26 +126,25 @@ class Server:
 
     def ask(self, question: str, ids: list[int], updates: dict | None = None, **facts: object) -> dict[int, Tensors]:
         """{user: its answer}; what cannot be used is left out, with a line about each."""
-        letters = {i: {f'{j}/{name}': v for j, theirs in (updates or {}).items() for name, v in theirs.items()} for i in ids}
-        if question == 'train':
-            letters = {i: self.letter(i) for i in ids}
-        came, others, messages = self.send(question, letters, **facts), [], []
+        others = {f'{j}/{name}': v for j, theirs in (updates or {}).items() for name, v in theirs.items()}
+        letters = {i: self.letter(i) if question == 'train' else others for i in ids}
+        came, refused, messages = self.send(question, letters, **facts), [], []
         for i, tensors, facts in came:
             if facts.get('user') != self.names[i]:
-                others.append((i, f'it says that it is {facts.get("user")!r:.40}'))
+                refused.append((i, f'it says that it is {facts.get("user")!r:.40}'))
                 continue
             messages.append((i, facts.get('round'), tensors))
             if question == 'train':
                 self.arrived.append(i)
                 tokens, ppl = facts.get('tokens'), facts.get('ppl')
-                self.n_train[i] = tokens if type(tokens) is int and 0 < tokens < 2**40 else 1
-                self.ppl |= {i: ppl} if type(ppl) is float else {}
+                self.users[i]['tokens'] = tokens if type(tokens) is int and 0 < tokens < 2**40 else 1
+                self.users[i] |= {'ppl': ppl} if type(ppl) is float else {}
         if question == 'judge':
             return self.judged(ids, messages, len(updates))
         expected = {i: truncate(self.asked, self.c.lora_rank[i]) if question == 'train' else self.top for i in ids}
         how = {'lower_rank': self.c.aggregate == 'hetlora', 'vocab_size': self.c.vocab_size}
-        answers, refused = federate.admit(messages, self.t, expected, **how)
-        for i, why in (refused := others + refused):
+        answers, unfit = federate.admit(messages, self.t, expected, **how)
+        for i, why in (refused := refused + unfit):
             self.say(f'what {self.names[i]} sent is refused ({why}): the others go on without it')
         if refused:
             self.log('refused', {'users': [i for i, _ in refused], 'why': [why for _, why in refused]})
@@ -174,11 +162,8 @@ class Server:
 
     def letter(self, i: int) -> Tensors:
         """What user i starts its round from: everybody's tensors, what was made for it alone, FLoRA's stacks that it lacks."""
-        tensors = {f'server/{name}': v for name, v in self.model.items()}
-        tensors |= {f'own/{name}': v for name, v in self.own.get(i, {}).items()}
-        for r in range(max(0, self.last.get(i, 0) - 1), self.t) if self.stacks else ():
-            tensors |= {f'stack{r}/{name}': v for name, v in self.stacks.get(r, {}).items()}
-        return tensors
+        stacks = [f'stack{t}/' for t in range(max(0, self.users[i]['last'] - 1), self.t)]
+        return {name: v for name, v in self.tensors.items() if name.startswith(('server/', f'own{i}/', *stacks))}
 
     # ---- the run -----------------------------------------------------------------------------------------------------
     def round(self) -> None:
@@ -197,16 +182,17 @@ class Server:
                 break
             self.say(f'{len(updates)} answered, {self.least} are needed: asked again')
             time.sleep(min(5, self.deadline))
-        c.n_train = [self.n_train.get(i, 1) for i in range(self.N)]
-        made, own = federate.combine(c, self.t, self.model, updates, self.ask, self.log)
-        if c.aggregate == 'flora':
-            self.stacks[self.t], made = made, {}
-        self.model, present = made, sorted({*self.arrived})
+        c.n_train = [user['tokens'] for user in self.users]
+        made, own = federate.combine(c, self.t, part(self.tensors, 'server/'), updates, self.ask, self.log)
+        present = sorted({*self.arrived})
+        old = ('server/', *(f'own{i}/' for i in present))
+        self.tensors = {name: v for name, v in self.tensors.items() if not name.startswith(old)}
+        self.tensors |= under(f'stack{self.t}/' if c.aggregate == 'flora' else 'server/', made)
         for i in present:
-            self.own[i] = own.get(i, {})
-        self.last |= dict.fromkeys(present, self.t + 1)
-        told = [self.ppl[i] for i in present if i in self.ppl]
-        self.log('round', {'users': present, 'bytes_up': self.bytes[0], 'bytes_down': self.bytes[1], 'test_ppl': mean(told)})
+            self.tensors |= under(f'own{i}/', own.get(i, {}))
+            self.users[i]['last'] = self.t + 1
+        told = mean([self.users[i]['ppl'] for i in present])
+        self.log('round', {'users': present, 'bytes_up': self.bytes[0], 'bytes_down': self.bytes[1], 'test_ppl': told})
         self.t, self.waits = self.t + 1, False
         self.save()
 
@@ -219,13 +205,13 @@ class Server:
             self.round()
             print(f'round {self.t}/{self.c.rounds} is over', flush=True)
         self.bytes = [0, 0]
-        came = self.send('evaluate', {i: self.letter(i) for i in self.last})
+        came = self.send('evaluate', {i: self.letter(i) for i, user in enumerate(self.users) if user['last']})
         told = {i: facts for i, _, facts in came if facts.get('user') == self.names[i]}
         columns = ('pretrained', 'trained', 'aggregated')
         rows = [[self.names[i], *(told[i].get(key) for key in columns)] for i in sorted(told)]
         rows.append(['mean', *(mean([row[k] for row in rows]) for k in (1, 2, 3))])
         (self.folder / 'adapters').mkdir(exist_ok=True)
-        save_common(self.folder / 'adapters', self.c, Fleet.model_for_all(self, self.model), None, self.t)
+        save_common(self.folder / 'adapters', self.c, Fleet.model_for_all(self, part(self.tensors, 'server/')), None, self.t)
         summary = {'rounds': self.t, 'users': self.names, 'test_ppl': {row[0]: dict(zip(columns, row[1:])) for row in rows}}
         checkpoint.write_json(self.folder / 'summary.json', summary)
         print(table(['test perplexity', *columns], rows), flush=True)
