@@ -22,7 +22,7 @@ from messages import LOCAL, packed, unpacked
 import federate
 from configurator import configure, fit, folder_of, to_json
 from data.stream import Texts
-from federate import ONE_MODEL, Tensors, n_bytes, top_like, truncate
+from federate import ONE_MODEL, Tensors, n_bytes, pairs, top_like, truncate
 from llama import load_base
 from model import GPT, fingerprint
 from run import checkpoint
@@ -45,10 +45,12 @@ def switches(told: dict, here: dict) -> list[str]:
 
 def any_rank(tensors: Tensors, expected: Tensors) -> Tensors:
     """expected, with the ranks that the tensors have, where a rule's result has no rank of its own."""
-    rank = {name[:-2]: v.shape[0] for name, v in tensors.items() if name.endswith('.A') and v is not None and v.dim() == 2}
-    like = {name: (rank.get(name[:-2], v.shape[0]), v.shape[1]) for name, v in expected.items() if name.endswith('.A')}
-    like |= {name: (v.shape[0], rank.get(name[:-2], v.shape[1])) for name, v in expected.items() if name.endswith('.B')}
-    return {name: v.new_zeros(1).expand(like[name]) for name, v in expected.items()}
+    like = {}
+    for name in pairs(expected):
+        A, B = expected[name + '.A'], expected[name + '.B']  # (r, in), (out, r)
+        rank = max((1, *tensors.get(name + '.A', A).shape[:1]))
+        like |= {name + '.A': A[:1].expand(rank, -1), name + '.B': B[:, :1].expand(-1, rank)}
+    return like
 
 
 def private(sent: Tensors, began: Tensors, clip: float, noise: float) -> Tensors:
@@ -66,9 +68,8 @@ def private(sent: Tensors, began: Tensors, clip: float, noise: float) -> Tensors
 class Device:
     def __init__(self, tensors: dict, told: dict, here: dict):
         """Raises ValueError or OSError, one line, for a message or a folder that does not fit: the server is told so."""
-        self.tensors, self.told, self.name, self.folder = tensors, told, here['name'], Path(here['folder'])
-        self.clip, self.noise = here.get('clip'), here.get('noise', 0.0)
-        self.t, self.i, self.last, self.round = told['round'], told['user'], told['last'], told['round'] + 1
+        self.tensors, self.told, self.here, self.folder = tensors, told, here, Path(here['folder'])
+        self.t, self.i, self.last = told['round'], told['user'], told['last']
         if not 0 <= self.last <= self.t or not 0 <= self.i < told['users']:
             raise ValueError(f'round {self.t} after round {self.last}, user {self.i} of {told["users"]}: no such round or user')
         (self.folder / 'checkpoint').mkdir(parents=True, exist_ok=True)
@@ -105,15 +106,15 @@ class Device:
 
     def restore(self, t: int) -> None:
         """The user after round t, 0: as it begins; what was written after that is forgotten."""
-        self.lines, self.taken, self.metrics = 0, True, self.folder / 'metrics.jsonl'
+        lines, self.taken, self.metrics = 0, True, self.folder / 'metrics.jsonl'
         if t:
             tensors, facts = checkpoint.read(self.file(t))
             self.user.restore(tensors, facts)
-            self.user.bytes_up, self.user.bytes_down, self.lines, self.taken = facts['here']
+            self.user.bytes_up, self.user.bytes_down, lines, self.taken = facts['here']
             if merged := part(tensors, 'base/'):
                 self.base.load_state_dict(merged)
-        self.metrics.touch()
-        os.truncate(self.metrics, self.lines)
+        with open(self.metrics, 'ab') as f:
+            f.truncate(lines)
 
     def save(self, t: int) -> None:
         tensors, facts = self.user.state()
@@ -123,8 +124,9 @@ class Device:
         checkpoint.save(self.file(t), tensors, {**facts, 'here': here})
 
     def log(self, kind: str, values: dict) -> None:
+        t = min(self.t + 1, self.c.rounds)  # what is said after the last round is of it
         with open(self.metrics, 'a') as f:
-            f.write(to_json({'kind': kind, 'round': self.round, **values}) + '\n')
+            f.write(to_json({'kind': kind, 'round': t, **values}) + '\n')
 
     def test(self, when: str, model: GPT | None = None, **at: int) -> float:
         seen = measured(self.c, self.user, self.user.data['test'], model)
@@ -158,10 +160,8 @@ class Device:
 
     def merge(self) -> int:
         """FLoRA: the stacks of the rounds since this user was last asked go into its base. Returns all bytes so far."""
-        seen, rounds = self.user.stacks_seen, sorted({int(key[5:].split('/')[0]) for key in self.tensors if key[:5] == 'stack'})
-        if rounds and rounds != [*range(max(0, self.last - 1), self.t)]:
-            raise ValueError(f'stacks of the rounds {rounds} do not go on from round {self.last}')
-        for t in rounds:
+        seen = self.user.stacks_seen
+        for t in range(max(0, self.last - 1), self.t) if self.c.aggregate == 'flora' else ():
             stack = self.group(f'stack{t}/', self.shared, ranks=True)
             federate.merge(self.base, stack)
             seen += n_bytes(stack)
@@ -169,36 +169,29 @@ class Device:
 
     # ---- what leaves -------------------------------------------------------------------------------------------------
     def train(self) -> tuple[Tensors, dict]:
-        self.restore(self.last)
         self.take()
         self.user.receive(self.server(), self.t, self.merge())
         began = {name: self.user.adapter[name].detach().clone() for name in self.shared}
         local_round(self.user, self.t, self.c.local_steps, self.log)
         facts = {'tokens': self.n_train} | ({'ppl': self.test('local')} if self.told['test'] else {})
         sent, self.taken = self.user.upload(), False
-        sent = private(sent, began, self.clip, self.noise) if self.clip else sent
+        if 'clip' in self.here:
+            sent = private(sent, began, self.here['clip'], self.here.get('noise', 0.0))
         self.save(self.t + 1)
         before = max((t for t in range(self.last) if self.file(t).exists()), default=0)
         kept = [(0, {self.i: t}) for t in (before, self.last, self.t + 1)]
         checkpoint.remove_others(self.folder / 'checkpoint', *kept)
         return sent, facts
 
-    def ask(self, question: str) -> tuple[Tensors, dict]:
-        """judge, predict: once more about the round that this user has just trained in."""
-        self.restore(self.t + 1)
-        if question == 'judge':
-            users = sorted({int(key.split('/')[0]) for key in self.tensors})
-            told = {'updates': {j: self.group(f'{j}/', truncate(self.shared, self.c.lora_rank[j])) for j in users}}
-        else:
-            told = {'logits': self.told['logits']}
-        sent = getattr(self.user, question)(**told)
-        self.save(self.t + 1)
-        return sent, {}
+    def judge(self) -> tuple[Tensors, dict]:
+        users = sorted({int(key.split('/')[0]) for key in self.tensors})
+        return self.user.judge({j: self.group(f'{j}/', truncate(self.shared, self.c.lora_rank[j])) for j in users}), {}
+
+    def predict(self) -> tuple[Tensors, dict]:
+        return self.user.predict(self.told['logits']), {}
 
     def evaluate(self) -> tuple[Tensors, dict]:
         """After the last round: perplexities leave, the result stays in the folder."""
-        self.restore(self.last)
-        self.round = self.t  # what is said now is of the last round
         self.take()
         self.save(self.last)
         server, c, user = self.server(), self.c, self.user
@@ -216,23 +209,26 @@ class Device:
 
     def keep(self, ppl: dict) -> None:
         """The folder as that of a run with one user, for tools/ and eval.py."""
-        c, adapters = self.c, self.folder / 'adapters'
+        c, name, adapters = self.c, self.here['name'], self.folder / 'adapters'
         adapters.mkdir(exist_ok=True)
-        save_user(adapters, 0, self.user.adapter, c, self.i, self.base_sha256, name=self.name, round=self.last)
+        save_user(adapters, 0, self.user.adapter, c, self.i, self.base_sha256, name=name, round=self.last)
         save_common(adapters, c, {**self.start, **self.server()}, self.base, self.last)
-        summary = {'rounds': self.last, 'users': [self.name], 'user_ids': [0], 'target': c.target}
+        summary = {'rounds': self.last, 'users': [name], 'user_ids': [0], 'target': c.target}
         summary |= {'test_ppl': [ppl['trained']], 'pretrained_test_ppl': [ppl['pretrained']]}
-        own = {name: [getattr(c, name)[self.i]] for name in ('n_experts', 'lora_rank')}
-        config = {**vars(c), **own, 'users': [self.name], 'tested': [0], 'base_sha256': self.base_sha256}
+        own = {switch: [getattr(c, switch)[self.i]] for switch in ('n_experts', 'lora_rank')}
+        config = {**vars(c), **own, 'users': [name], 'tested': [0], 'base_sha256': self.base_sha256}
         checkpoint.write_json(self.folder / 'config.json', config)
         checkpoint.write_json(self.folder / 'summary.json', summary)
 
 
 def answer(question: str, message: Message, context: Context) -> Message:
     tensors, told = unpacked(message.content)
-    device = Device(tensors, told, json.loads(os.environ['DEVICE']))
-    sent, facts = device.ask(question) if question in ('judge', 'predict') else getattr(device, question)()
-    return Message(packed(sent, {'user': device.name, 'round': told['round'], **facts}), reply_to=message)
+    device, again = Device(tensors, told, json.loads(os.environ['DEVICE'])), question in ('judge', 'predict')
+    device.restore(device.t + 1 if again else device.last)
+    sent, facts = getattr(device, question)()
+    if again:  # once more about the round that this user has just trained in: the bytes count
+        device.save(device.t + 1)
+    return Message(packed(sent, {'user': device.here['name'], 'round': device.t, **facts}), reply_to=message)
 
 
 for question in ('train', 'judge', 'predict', 'evaluate'):
