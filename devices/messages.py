@@ -19,10 +19,10 @@ def packed(tensors: dict[str, torch.Tensor], facts: dict) -> RecordDict:
 
 
 def unpacked(content: RecordDict) -> tuple[dict, dict]:
-    """(tensors, facts). Of bytes that hold no tensors one that is None: `federate.refusal` says so."""
+    """(tensors, facts). Of bytes that hold no tensors one that nobody expects: `federate.refusal` says so."""
     facts = dict(content.config_records.get('facts', {}))
     try:  # anybody's bytes: whatever they raise
         (array,) = content.array_records['tensors'].values()
         return load(array.numpy().tobytes()), facts
     except Exception:
-        return {'no tensors': None}, facts
+        return {'no tensors': torch.empty(0)}, facts

@@ -11,15 +11,15 @@ what comes; a message in another's name is refused."""
 
 import copy
 import json
+import math
 import os
 import time
 from pathlib import Path
 
 import torch
-from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from flwr.app import Context, Message
+from flwr.cli.supernode.register import try_load_public_key
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from messages import LOCAL, packed, unpacked
 
 import federate
@@ -37,6 +37,12 @@ from user import start_of
 app = ServerApp()
 
 
+def perplexity(facts: dict, key: str) -> float | None:
+    """As a device says it; None if it says none, or what is none: only numbers can be averaged and written down."""
+    value = facts.get(key)
+    return value if type(value) is float and 0 < value < math.inf else None
+
+
 class Server:
     def __init__(self, grid: Grid, folder: Path):
         """Raises ValueError or OSError, one line. The run in the folder, if it is this one, goes on after its last round."""
@@ -52,12 +58,11 @@ class Server:
         self.lock, self.given = lock, configure(plan['argv'])
         self.base = load_base(self.given.init_from)
         self.settle()
-        V, public = self.base.config.vocab_size, None
-        if self.c.public_text:
-            public = public_windows(self.c, None, tokenizer_for(V, self.base.tokenizer))
+        c, V = self.c, self.base.config.vocab_size
+        public = public_windows(c, None, tokenizer_for(V, self.base.tokenizer)) if c.public_text else None
         self.top = top_like(0 if public is None else public.numel(), V)
-        self.start = start_of(self.c, self.base)
-        self.asked = {name: v for name, v in self.start.items() if name[-1] in LEAVES.get(self.c.aggregate, 'AB')}
+        self.start = start_of(c, self.base)
+        self.asked = {name: v for name, v in self.start.items() if name[-1] in LEAVES.get(c.aggregate, 'AB')}
         self.identity = {'base': fingerprint(self.base), 'public': public_sha256(public) or ''}
         self.identity['switches'] = json.dumps({key: value for key, value in vars(self.given).items() if key not in LOCAL})
         self.tensors, lines = under('server/', Fleet.first(self)), 0
@@ -97,11 +102,11 @@ class Server:
     def online(self) -> dict[int, int]:
         """{user: Flower's number for the node whose key is the user's} of those that can be reached now."""
         whose = {node.public_key: node.node_id for node in self.grid.get_nodes()}
-        keys = {i: load_ssh_public_key((self.keys / f'{name}.pub').read_bytes()) for i, name in enumerate(self.names)}
-        return {i: whose[raw] for i, key in keys.items() if (raw := public_key_to_bytes(key)) in whose}
+        keys = [try_load_public_key(self.keys / f'{name}.pub') for name in self.names]
+        return {i: whose[key] for i, key in enumerate(keys) if key in whose}
 
     def send(self, question: str, letters: dict[int, Tensors], **facts: object) -> list[tuple[int, Tensors, dict]]:
-        """[(user, tensors, facts)] of who answers before the deadline, in the order in which they come."""
+        """[(user, tensors, facts)] of who answers before the deadline in its own name, in the order in which they come."""
         nodes, messages, until, came = self.online(), {}, time.time() + self.deadline, []
         facts |= {'round': self.t, 'users': self.N, **self.identity}
         for i in (i for i in letters if i in nodes):
@@ -116,38 +121,41 @@ class Server:
                 waiting.discard(reply.metadata.reply_to_message_id)
                 if reply.has_error():
                     self.say(f'{self.names[i]} could not {question}: {reply.error.reason[:200]}')
+                    continue
+                tensors, told = unpacked(reply.content)
+                self.bytes[0] += n_bytes(tensors)
+                if told.get('user') == self.names[i]:
+                    came.append((i, tensors, told))
                 else:
-                    came.append((i, *unpacked(reply.content)))
-                    self.bytes[0] += sum(n_bytes({name: v}) for name, v in came[-1][1].items() if v is not None)
+                    self.refuse([(i, f'it says that it is {told.get("user")!r:.40}')])
             time.sleep(0.2)
         for i in sorted(whose[letter] for letter in waiting):
             self.say(f'{self.names[i]} is late: the others go on')
         return came
 
+    def refuse(self, refused: list[tuple[int, str]]) -> None:
+        for i, why in refused:
+            self.say(f'what {self.names[i]} sent is refused ({why}): the others go on without it')
+        if refused:
+            self.log('refused', {'users': [i for i, _ in refused], 'why': [why for _, why in refused]})
+
     def ask(self, question: str, ids: list[int], updates: dict | None = None, **facts: object) -> dict[int, Tensors]:
         """{user: its answer}; what cannot be used is left out, with a line about each."""
         others = {f'{j}/{name}': v for j, theirs in (updates or {}).items() for name, v in theirs.items()}
         letters = {i: self.letter(i) if question == 'train' else others for i in ids}
-        came, refused, messages = self.send(question, letters, **facts), [], []
-        for i, tensors, facts in came:
-            if facts.get('user') != self.names[i]:
-                refused.append((i, f'it says that it is {facts.get("user")!r:.40}'))
-                continue
-            messages.append((i, facts.get('round'), tensors))
-            if question == 'train':
-                self.arrived.append(i)
-                tokens, ppl = facts.get('tokens'), facts.get('ppl')
-                self.users[i]['tokens'] = tokens if type(tokens) is int and 0 < tokens < 2**40 else 1
-                self.users[i] |= {'ppl': ppl} if type(ppl) is float else {}
+        came = self.send(question, letters, **facts)
+        messages = [(i, told.get('round'), tensors) for i, tensors, told in came]
+        for i, _, told in came if question == 'train' else ():
+            self.arrived.add(i)
+            tokens, ppl = told.get('tokens'), perplexity(told, 'ppl')
+            self.users[i]['tokens'] = tokens if type(tokens) is int and 0 < tokens < 2**40 else 1
+            self.users[i] |= {'ppl': ppl} if ppl else {}
         if question == 'judge':
             return self.judged(ids, messages, len(updates))
         expected = {i: truncate(self.asked, self.c.lora_rank[i]) if question == 'train' else self.top for i in ids}
         how = {'lower_rank': self.c.aggregate == 'hetlora', 'vocab_size': self.c.vocab_size}
-        answers, unfit = federate.admit(messages, self.t, expected, **how)
-        for i, why in (refused := refused + unfit):
-            self.say(f'what {self.names[i]} sent is refused ({why}): the others go on without it')
-        if refused:
-            self.log('refused', {'users': [i for i, _ in refused], 'why': [why for _, why in refused]})
+        answers, refused = federate.admit(messages, self.t, expected, **how)
+        self.refuse(refused)
         return answers
 
     def judged(self, ids: list[int], messages: list[tuple], n: int) -> dict[int, Tensors]:
@@ -155,9 +163,9 @@ class Server:
         alike: it changes that user's own average and no other."""
         rows = {i: {'ppl': torch.ones(n)} for i in ids}
         for i, t, sent in messages:
-            ppl = sent.get('ppl')
-            if t == self.t and [*sent] == ['ppl'] and ppl is not None and (ppl.dtype, ppl.shape) == (torch.float32, (n,)):
-                rows[i] = sent if (ppl > 0).all() else rows[i]  # NaN is not above 0
+            fits = t == self.t and [*sent] == ['ppl'] and (sent['ppl'].dtype, sent['ppl'].shape) == (torch.float32, (n,))
+            if fits and (sent['ppl'] > 0).all():  # NaN is not above 0
+                rows[i] = sent
         return rows
 
     def letter(self, i: int) -> Tensors:
@@ -168,23 +176,22 @@ class Server:
     # ---- the run -----------------------------------------------------------------------------------------------------
     def round(self) -> None:
         """Asks until enough have answered; a round that too few answered is asked again, from the same start."""
-        c, first = self.c, time.time() + self.deadline
-        chosen = Fleet.sample(self, max(1, round(c.participation * self.N)), self.t, 0, 2)
+        c, chosen = self.c, Fleet.sample(self, max(1, round(self.c.participation * self.N)), self.t, 0, 2)
+        least, test = min(self.least, len(chosen)), (self.t + 1) % c.eval_every == 0 or self.t + 1 == c.rounds
         while True:
-            there, self.bytes, self.arrived = self.online(), [0, 0], []
-            here = [i for i in chosen if i in there]
-            if len(here) < (len(chosen) if time.time() < first and self.waits else min(self.least, len(chosen))):
+            here = [i for i in self.online() if i in chosen]
+            if len(here) < (len(chosen) if time.time() < self.waits_until else least):
                 time.sleep(1)
                 continue
-            test = (self.t + 1) % c.eval_every == 0 or self.t + 1 == c.rounds
+            self.bytes, self.arrived = [0, 0], set()
             updates = self.ask('train', here, test=test)
-            if len(updates) >= min(self.least, len(chosen)):
+            if len(updates) >= least:
                 break
-            self.say(f'{len(updates)} answered, {self.least} are needed: asked again')
+            self.say(f'{len(updates)} answered, {least} are needed: asked again')
             time.sleep(min(5, self.deadline))
         c.n_train = [user['tokens'] for user in self.users]
         made, own = federate.combine(c, self.t, part(self.tensors, 'server/'), updates, self.ask, self.log)
-        present = sorted({*self.arrived})
+        present = sorted(self.arrived)
         old = ('server/', *(f'own{i}/' for i in present))
         self.tensors = {name: v for name, v in self.tensors.items() if not name.startswith(old)}
         self.tensors |= under(f'stack{self.t}/' if c.aggregate == 'flora' else 'server/', made)
@@ -193,11 +200,11 @@ class Server:
             self.users[i]['last'] = self.t + 1
         told = mean([self.users[i]['ppl'] for i in present])
         self.log('round', {'users': present, 'bytes_up': self.bytes[0], 'bytes_down': self.bytes[1], 'test_ppl': told})
-        self.t, self.waits = self.t + 1, False
+        self.t, self.waits_until = self.t + 1, 0
         self.save()
 
     def run(self) -> None:
-        self.waits = True  # for everybody, before the first round of this process
+        self.waits_until = time.time() + self.deadline  # for everybody, before the first round of this process
         if not self.t:
             self.save()
         while self.t < self.c.rounds:
@@ -206,9 +213,9 @@ class Server:
             print(f'round {self.t}/{self.c.rounds} is over', flush=True)
         self.bytes = [0, 0]
         came = self.send('evaluate', {i: self.letter(i) for i, user in enumerate(self.users) if user['last']})
-        told = {i: facts for i, _, facts in came if facts.get('user') == self.names[i]}
         columns = ('pretrained', 'trained', 'aggregated')
-        rows = [[self.names[i], *(told[i].get(key) for key in columns)] for i in sorted(told)]
+        told = {self.names[i]: facts for i, _, facts in sorted(came, key=lambda one: one[0])}
+        rows = [[name, *(perplexity(facts, key) for key in columns)] for name, facts in told.items()]
         rows.append(['mean', *(mean([row[k] for row in rows]) for k in (1, 2, 3))])
         (self.folder / 'adapters').mkdir(exist_ok=True)
         save_common(self.folder / 'adapters', self.c, Fleet.model_for_all(self, part(self.tensors, 'server/')), None, self.t)
