@@ -3,9 +3,9 @@
     python devices/keys.py my/keys --host=192.168.1.10 ada bob     # the server's, and those of two users
     python devices/keys.py my/keys cleo                            # one more user, whenever it comes
 
-    ca.pem, server.pem, server.key    whom devices trust to be the server, for ten years; only the server has server.key
-    NAME.pub, NAME.key                a user's: the server needs NAME.pub, the device alone NAME.key (and ca.pem)
-    users.json                        the names in the order in which they came: a user's number is its place
+    ca.pem, server.key    whom devices trust to be the server, for ten years; only the server has server.key
+    NAME.pub, NAME.key    a user's: the server needs NAME.pub, the device alone NAME.key (and ca.pem)
+    users.json            the names in the order in which they came: a user's number is its place
 
 Needs `cryptography`, which comes with Flower. What is there is never written over."""
 
@@ -28,30 +28,24 @@ def write(file: Path, raw: bytes) -> None:
 
 
 def certify(folder: Path, hosts: list[str]) -> None:
-    """ca.pem, server.pem, server.key: an authority of its own, whose key is thrown away once it has signed the server's."""
+    """ca.pem, server.key: a certificate that nobody but itself has signed, and that can sign no other one."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-    ca, server, now = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1()), datetime.datetime.now()
-    names = [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]) for name in ('federation CA', 'federation')]
-
-    def signed(name: x509.Name, key: ec.EllipticCurvePublicKey, *more: x509.ExtensionType) -> bytes:
-        made = x509.CertificateBuilder(names[0], name, key, x509.random_serial_number())
-        made = made.not_valid_before(now - datetime.timedelta(2)).not_valid_after(now + datetime.timedelta(3650))
-        made = made.add_extension(x509.BasicConstraints(not more, None), True)
-        for extension in more:
-            made = made.add_extension(extension, False)
-        return made.sign(ca, hashes.SHA256()).public_bytes(Encoding.PEM)
+    key, now = ec.generate_private_key(ec.SECP384R1()), datetime.datetime.now()
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, 'federation')])
 
     def address(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host)) if re.fullmatch(r'[\d.]+|.*:.*', host) else x509.DNSName(host)
 
     reached = x509.SubjectAlternativeName([address(host) for host in ('127.0.0.1', 'localhost', *hosts)])
-    write(folder / 'ca.pem', signed(names[0], ca.public_key()))
-    write(folder / 'server.pem', signed(names[1], server.public_key(), reached))
-    write(folder / 'server.key', server.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    made = made.not_valid_before(now - datetime.timedelta(2)).not_valid_after(now + datetime.timedelta(3650))
+    made = made.add_extension(x509.BasicConstraints(False, None), True).add_extension(reached, False)
+    write(folder / 'ca.pem', made.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
+    write(folder / 'server.key', key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
 
 
 def user_key(folder: Path, name: str) -> None:

@@ -107,9 +107,9 @@ def server(a: SimpleNamespace) -> None:
     extensions.get_middleware = lambda: (Middleware(DevicesOnly),)
     threading.Thread(target=admit_keys, args=[a.keys], daemon=True).start()
     sys.argv = ['flower-superlink', f'--host={a.host}', f'--port={a.port}', '--disable-runtime-dependency-installation']
-    sys.argv += [f'--ssl-certfile={a.keys / "server.pem"}', f'--ssl-keyfile={a.keys / "server.key"}']
-    sys.argv += [f'--ssl-ca-certfile={(a.keys / "ca.pem").resolve()}', '--enable-supernode-auth']
-    sys.argv += [f'--database={(a.folder / "flower/state.db").resolve()}']
+    ca = (a.keys / 'ca.pem').resolve()
+    sys.argv += [f'--ssl-certfile={ca}', f'--ssl-keyfile={a.keys / "server.key"}', f'--ssl-ca-certfile={ca}']
+    sys.argv += ['--enable-supernode-auth', f'--database={(a.folder / "flower/state.db").resolve()}']
     flower_superlink()
 
 
