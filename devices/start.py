@@ -34,39 +34,23 @@ CANNOT = {  # switches that only the simulator has, and why
 }
 
 
-def environment(folder: Path, **more: str) -> dict:
-    """Of every process: silent, at home in the folder, and with this checkout's server and client."""
+def environment(a: SimpleNamespace, **more: str) -> dict:
+    """Of every process: silent, with this checkout's server and client, and at home in the folder, where Flower's commands look
+    up the server of this machine."""
+    home, ca = (a.folder / 'flower').resolve(), (a.keys / 'ca.pem').resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    connection = {'address': f'127.0.0.1:{a.port}', 'root-certificates': str(ca)}
+    lines = ['[superlink.home]', *(f'{key} = {json.dumps(value)}' for key, value in connection.items())]
+    (home / 'config.toml').write_text('\n'.join(lines))
     quiet = {'FLWR_TELEMETRY_ENABLED': '0', 'FLWR_DISABLE_UPDATE_CHECK': '1', 'FLWR_SUPEREXEC_TASK_POLL_INTERVAL': '0.5'}
     path = os.pathsep.join([str(HERE / 'bin'), str(Path(sys.executable).parent), os.environ.get('PATH', '')])
-    return {**os.environ, **quiet, 'PATH': path, 'FLWR_HOME': str((folder / 'flower').resolve()), **more}
+    return {**os.environ, **quiet, 'PATH': path, 'FLWR_HOME': str(home), **more}
 
 
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         return s.getsockname()[1]
-
-
-def settings(a: SimpleNamespace) -> None:
-    """The file in which Flower's commands look up where the server is."""
-    (a.folder / 'flower').mkdir(parents=True, exist_ok=True)
-    lines = ['[superlink]', 'default = "home"', '[superlink.home]', f'address = "127.0.0.1:{a.port}"']
-    lines.append(f'root-certificates = {json.dumps(str((a.keys / "ca.pem").resolve()))}')
-    (a.folder / 'flower/config.toml').write_text('\n'.join(lines) + '\n')
-
-
-class DevicesOnly:
-    """Off this machine no route is answered but those that a SuperNode signs its requests to."""
-
-    def __init__(self, app: Callable):
-        self.app = app
-
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        here = scope['type'] != 'http' or scope['client'][0] in ('127.0.0.1', '::1')
-        if here or scope['path'].startswith('/v1/fleet/'):
-            return await self.app(scope, receive, send)
-        await send({'type': 'http.response.start', 'status': 403, 'headers': []})
-        await send({'type': 'http.response.body', 'body': b''})
 
 
 def admit_keys(keys: Path) -> None:
@@ -76,12 +60,10 @@ def admit_keys(keys: Path) -> None:
     from flwr.cli.utils import init_http_client_from_connection
     from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest
 
-    known, told = None, set()
+    client, known, told = init_http_client_from_connection(read_superlink_connection('home')), None, set()
     while True:
         try:
-            if known is None:
-                client = init_http_client_from_connection(read_superlink_connection('home'))
-                known = {node.public_key for node in client.ListNodes(ListNodesRequest()).nodes_info}
+            known = known or {node.public_key for node in client.ListNodes(ListNodesRequest()).nodes_info}
             for name in read_json(keys / 'users.json', 'users')['users']:
                 if (key := try_load_public_key(keys / f'{name}.pub')) not in known:
                     client.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
@@ -96,15 +78,21 @@ def admit_keys(keys: Path) -> None:
 
 
 def server(a: SimpleNamespace) -> None:
-    if a.host not in ('127.0.0.1', '0.0.0.0'):
-        die(f'--host={a.host}: expected 127.0.0.1, this machine alone, or 0.0.0.0, every machine that reaches it')
-    settings(a)
-    os.environ.update(environment(a.folder, FEDERATION=str(a.folder.resolve())))
+    os.environ.update(environment(a, FEDERATION=str(a.folder.resolve())))
     from flwr.superlink import extensions
     from flwr.superlink.cli.flower_superlink import flower_superlink
     from starlette.middleware import Middleware
+    from starlette.middleware.base import BaseHTTPMiddleware
+    from starlette.requests import Request
+    from starlette.responses import Response
 
-    extensions.get_middleware = lambda: (Middleware(DevicesOnly),)
+    async def devices_only(request: Request, answer: Callable) -> Response:
+        """Off this machine no route is answered but those that a SuperNode signs its requests to."""
+        here = request.scope['client'][0] in ('127.0.0.1', '::1')
+        signed = request.scope['path'].startswith('/v1/fleet/')  # not the URL's: that is made of what the request says
+        return await answer(request) if here or signed else Response(status_code=403)
+
+    extensions.get_middleware = lambda: (Middleware(BaseHTTPMiddleware, dispatch=devices_only),)
     threading.Thread(target=admit_keys, args=[a.keys], daemon=True).start()
     sys.argv = ['flower-superlink', f'--host={a.host}', f'--port={a.port}', '--disable-runtime-dependency-installation']
     ca = (a.keys / 'ca.pem').resolve()
@@ -116,8 +104,7 @@ def server(a: SimpleNamespace) -> None:
 def device(a: SimpleNamespace) -> None:
     here = {'folder': str(a.folder.resolve()), 'name': a.name, 'init_from': a.init_from, 'dataset': str(Path(a.dataset))}
     here |= {key: getattr(a, key) for key in ('public_text', 'device', 'clip', 'noise') if getattr(a, key)}
-    a.folder.mkdir(parents=True, exist_ok=True)
-    os.environ.update(environment(a.folder, DEVICE=json.dumps(here)))
+    os.environ.update(environment(a, DEVICE=json.dumps(here)))
     from flwr.supercore import heartbeat
     from flwr.supernode import fleet_http_connection, start_client_internal
     from flwr.supernode.cli import flower_supernode
@@ -139,11 +126,11 @@ def end_runs(env: dict) -> None:
 
 
 def run(a: SimpleNamespace, rest: list[str]) -> None:
-    c, env = configure(rest), environment(a.folder)
+    c = configure(rest)
     for name, (only, why) in CANNOT.items():
         if getattr(c, name) != only:
             die(f'--{name}={getattr(c, name)}: not on devices, {why}')
-    settings(a)
+    env = environment(a)
     plan = {'argv': rest, 'deadline': a.deadline, 'least': a.least, 'keys': str(a.keys.resolve())}
     (a.folder / 'run.json').write_text(json.dumps(plan))
     (a.folder / 'summary.json').unlink(missing_ok=True)
@@ -174,7 +161,8 @@ def main(argv: list[str]) -> None:
     p.add_argument('--keys', type=Path, required=True)
     p.add_argument('--port', type=int, default=8443, help='of the server')
     p.add_argument('--tied', action='store_true', help='end when the process ends that started this one')
-    p.add_argument('--host', default='127.0.0.1', help='server: who can reach it')
+    reach = 'server: who can reach it, this machine alone or every other one'
+    p.add_argument('--host', choices=('127.0.0.1', '0.0.0.0'), default='127.0.0.1', help=reach)
     if argv[:1] != ['run']:  # whose --init_from is the switch
         p.add_argument('--name', help='device: of the user whose key it has')
         p.add_argument('--server', default='127.0.0.1:8443', help='device: where the server is')
