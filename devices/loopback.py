@@ -5,6 +5,7 @@
 In OUT_DIR-devices: keys/, server/ and a folder for every device, with nobody's text but its own. Then the simulator does the
 same run, and the adapters are compared bit for bit. Nothing that is started here outlives this command."""
 
+import contextlib
 import json
 import os
 import re
@@ -15,12 +16,12 @@ import sys
 import time
 from pathlib import Path
 
-import torch
+from safetensors.torch import save
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configurator import cell, configure, die, folder_of, parser, table
-from data.stream import TOKENIZER, read_meta
+from data.stream import SPLITS, TOKENIZER, read_meta
 from devices import keys, start
 from run import checkpoint
 
@@ -31,7 +32,7 @@ def share(folder: Path, meta: dict, ids: list[int], into: Path) -> None:
     """A data set with the text of these users of another one, numbered from 0."""
     into.mkdir(parents=True)
     for new, i in enumerate(ids):
-        for split in ('train', 'valid', 'test'):
+        for split in SPLITS:
             shutil.copy(folder / f'user{i}_{split}.bin', into / f'user{new}_{split}.bin')
     part = {key: [meta[key][i] for i in ids] for key in ('users', 'overlap') if key in meta}
     (into / 'meta.json').write_text(json.dumps({**meta, **part}))
@@ -56,9 +57,9 @@ class Federation:
         self.begin('server', 'server', self.folder / 'server', f'--port={self.port}')
         self.wait_for('server', f'{self.names[-1]} may come in')
 
-    def wait_for(self, name: str, text: str, seconds: float = 120, since: int = 0) -> None:
-        until = time.time() + seconds
-        while text not in self.said(name)[since:]:
+    def wait_for(self, name: str, text: str) -> None:
+        until = time.time() + 120
+        while text not in self.said(name):
             if time.time() > until or self.processes[name].poll() is not None:
                 raise RuntimeError(f'{name} did not say {text!r}: {self.folder}/{name}.log')
             time.sleep(0.1)
@@ -85,10 +86,8 @@ class Federation:
         going, until = [self.processes.pop(name) for name in names or [*self.processes]], time.time() + 5
         for number in (how, signal.SIGKILL):
             for process in going:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, number)
-                except ProcessLookupError:
-                    pass
             while any(process.poll() is None for process in going) and (number == signal.SIGKILL or time.time() < until):
                 time.sleep(0.05)
         while not names and self.left():
@@ -98,37 +97,34 @@ class Federation:
         """Processes that work for this federation, where a system can say so."""
         found, home = [], f'FLWR_HOME={self.folder}/'.encode()
         for file in Path('/proc').glob('[0-9]*/environ'):
-            try:
+            with contextlib.suppress(OSError):  # it has just ended
                 found += [int(file.parent.name)] if home in file.read_bytes() else []
-            except OSError:  # it has just ended
-                pass
         return found
 
 
 def compare(folder: Path, names: list[str]) -> list[str]:
     """The users whose adapters are not those of the simulator, bit for bit."""
-
-    def same(name: str, i: int) -> bool:
+    other = []
+    for i, name in enumerate(names):
         files = folder / name / 'adapters/user0.safetensors', folder / f'simulator/adapters/user{i}.safetensors'
-        a, b = (checkpoint.read(file)[0] for file in files)
-        return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-    return [name for i, name in enumerate(names) if not same(name, i)]
+        ours, theirs = (save(checkpoint.read(file)[0]) for file in files)
+        other += [name] * (ours != theirs)
+    return other
 
 
 def watch(federation: Federation, rounds: int) -> None:
     """A bar until the run is over. Ends this process if the run has failed."""
-    bar = tqdm(total=rounds, unit='round', disable=None)
-    while federation.processes['run'].poll() is None:
+    bar, done, run = tqdm(total=rounds, unit='round', disable=None), 0, federation.processes['run']
+    while run.poll() is None:
         time.sleep(0.3)
-        for line in [line for line in federation.lines() if line['kind'] == 'round'][bar.n :]:
+        for line in [line for line in federation.lines() if line['kind'] == 'round' and line['round'] > done]:
+            done = line['round']
             bar.update()
             bar.set_postfix({'test ppl': cell(line['test_ppl']), 'kB up': line['bytes_up'] // 1000})
             if bar.disable:
-                bar.n = line['round']
-                print(f'round {bar.n}/{rounds}  test perplexity {cell(line["test_ppl"])}', flush=True)
+                print(f'round {done}/{rounds}  test perplexity {cell(line["test_ppl"])}', flush=True)
     bar.close()
-    if federation.processes['run'].returncode:
+    if run.returncode:
         sys.exit(f'the run has failed: {federation.folder}/run.log\n' + federation.said('run')[-1500:])
 
 
@@ -171,8 +167,7 @@ def main(argv: list[str]) -> None:
     finally:
         federation.stop()
     told = json.loads((folder / 'server/summary.json').read_text())['test_ppl']
-    columns = ['pretrained', 'trained', 'aggregated']
-    print(table(['test perplexity', *columns], [[name, *(told[name][key] for key in columns)] for name in (*names, 'mean')]))
+    print(table(['test perplexity', *told['mean']], [[name, *row.values()] for name, row in told.items()]))
     if a.clip:
         return
     print('the simulator does the same run ...', flush=True)

@@ -214,14 +214,13 @@ class Server:
         self.bytes = [0, 0]
         came = self.send('evaluate', {i: self.letter(i) for i, user in enumerate(self.users) if user['last']})
         columns = ('pretrained', 'trained', 'aggregated')
-        told = {self.names[i]: facts for i, _, facts in sorted(came, key=lambda one: one[0])}
-        rows = [[name, *(perplexity(facts, key) for key in columns)] for name, facts in told.items()]
-        rows.append(['mean', *(mean([row[k] for row in rows]) for k in (1, 2, 3))])
+        told = sorted(((i, facts) for i, _, facts in came), key=lambda one: one[0])
+        ppl = {self.names[i]: {key: perplexity(facts, key) for key in columns} for i, facts in told}
+        ppl['mean'] = {key: mean([row[key] for row in ppl.values()]) for key in columns}
         (self.folder / 'adapters').mkdir(exist_ok=True)
         save_common(self.folder / 'adapters', self.c, Fleet.model_for_all(self, part(self.tensors, 'server/')), None, self.t)
-        summary = {'rounds': self.t, 'users': self.names, 'test_ppl': {row[0]: dict(zip(columns, row[1:])) for row in rows}}
-        checkpoint.write_json(self.folder / 'summary.json', summary)
-        print(table(['test perplexity', *columns], rows), flush=True)
+        checkpoint.write_json(self.folder / 'summary.json', {'rounds': self.t, 'users': self.names, 'test_ppl': ppl})
+        print(table(['test perplexity', *columns], [[name, *row.values()] for name, row in ppl.items()]), flush=True)
 
 
 @app.main()
