@@ -59,21 +59,21 @@ def admit_keys(keys: Path) -> None:
     from flwr.cli.supernode.register import try_load_public_key
     from flwr.cli.utils import init_http_client_from_connection
     from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest
+    from httpx import ConnectError
 
-    client, known, told = init_http_client_from_connection(read_superlink_connection('home')), None, set()
+    client, told = init_http_client_from_connection(read_superlink_connection('home')), set()
     while True:
         try:
-            known = known or {node.public_key for node in client.ListNodes(ListNodesRequest()).nodes_info}
-            for name in read_json(keys / 'users.json', 'users')['users']:
-                if (key := try_load_public_key(keys / f'{name}.pub')) not in known:
+            for name in [name for name in read_json(keys / 'users.json', 'users')['users'] if name not in told]:
+                key = try_load_public_key(keys / f'{name}.pub')
+                if key not in {node.public_key for node in client.ListNodes(ListNodesRequest()).nodes_info}:
                     client.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
-                    known.add(key)
-                if name not in told:
-                    print(f'{name} may come in', flush=True)
-                    told.add(name)
-        except Exception as error:  # not yet up, or a file that is being written: tried again
-            if known is not None:
-                print(f'keys: {error}', flush=True)
+                print(f'{name} may come in', flush=True)
+                told.add(name)
+        except ConnectError:  # not yet up
+            pass
+        except Exception as error:  # such as a file that is being written: tried again
+            print(f'keys: {error}', flush=True)
         time.sleep(1)
 
 
@@ -136,9 +136,8 @@ def run(a: SimpleNamespace, rest: list[str]) -> None:
     (a.folder / 'summary.json').unlink(missing_ok=True)
     try:
         end_runs(env)
-        subprocess.run(
-            ['flwr', 'run', str(HERE), 'home', '--stream'], env=env, start_new_session=True
-        )  # 0 of a failed one, too
+        command = ['flwr', 'run', str(HERE), 'home', '--stream']
+        subprocess.run(command, env=env, start_new_session=True)  # 0 of a failed one, too
     except KeyboardInterrupt:
         end_runs(env)
         print('stopped: the same command goes on after the last finished round', file=sys.stderr)
