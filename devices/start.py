@@ -53,6 +53,20 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+class DevicesOnly:
+    """Off this machine no route is answered but those that a SuperNode signs its requests to."""
+
+    def __init__(self, app: Callable):
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        here = scope['type'] != 'http' or scope['client'][0] in ('127.0.0.1', '::1')
+        if here or scope['path'].startswith('/v1/fleet/'):
+            return await self.app(scope, receive, send)
+        await send({'type': 'http.response.start', 'status': 403, 'headers': []})
+        await send({'type': 'http.response.body', 'body': b''})
+
+
 def admit_keys(keys: Path) -> None:
     """Tells the server every user's public key, also of those that come later."""
     from flwr.cli.flower_config import read_superlink_connection
@@ -82,17 +96,8 @@ def server(a: SimpleNamespace) -> None:
     from flwr.superlink import extensions
     from flwr.superlink.cli.flower_superlink import flower_superlink
     from starlette.middleware import Middleware
-    from starlette.middleware.base import BaseHTTPMiddleware
-    from starlette.requests import Request
-    from starlette.responses import Response
 
-    async def devices_only(request: Request, answer: Callable) -> Response:
-        """Off this machine no route is answered but those that a SuperNode signs its requests to."""
-        here = request.scope['client'][0] in ('127.0.0.1', '::1')
-        signed = request.scope['path'].startswith('/v1/fleet/')  # not the URL's: that is made of what the request says
-        return await answer(request) if here or signed else Response(status_code=403)
-
-    extensions.get_middleware = lambda: (Middleware(BaseHTTPMiddleware, dispatch=devices_only),)
+    extensions.get_middleware = lambda: (Middleware(DevicesOnly),)
     threading.Thread(target=admit_keys, args=[a.keys], daemon=True).start()
     sys.argv = ['flower-superlink', f'--host={a.host}', f'--port={a.port}', '--disable-runtime-dependency-installation']
     ca = (a.keys / 'ca.pem').resolve()
