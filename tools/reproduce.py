@@ -247,15 +247,19 @@ def sweep(runs: list[dict], setup: dict, jobs: int, title: str) -> None:
     if not todo:
         return
     jobs, threads, gpus, words = machine_of(jobs, setup['extra'].get('device', 'auto'))
-    free, running, ended, failed = queue.SimpleQueue(), {}, 0, 0
+    free, running, ended, failed, refused = queue.SimpleQueue(), {}, 0, 0, []
     for slot in range(jobs):
         free.put(gpus[slot % len(gpus)] if gpus else '')
 
     def train(run: dict) -> tuple[dict, int]:
         gpu = free.get()
         try:
-            running[run['name']] = process = start(run, gpu, threads, words, lock.fileno())
-            return run, process.wait()
+            if not refused:  # else no other one begins
+                running[run['name']] = process = start(run, gpu, threads, words, lock.fileno())
+                if (status := process.wait()) != 2:
+                    return run, status
+                refused.append(run)  # by train.py, which has said why
+            return run, 2
         finally:
             running.pop(run['name'], None)
             free.put(gpu)
@@ -272,8 +276,8 @@ def sweep(runs: list[dict], setup: dict, jobs: int, title: str) -> None:
                 bar.set_postfix_str(f'{len(left)} runs left: {", ".join([*running])}')
                 for run, status in [future.result() for future in futures if future in done]:  # in the order of their beginning
                     ended += 1
-                    if status == 2:  # refused by train.py, which has said why
-                        die(ending(run, status))
+                    if status == 2:
+                        die(ending(refused[0], status))
                     fine = not status and finished(run)
                     failed += not fine
                     if not fine or bar.disable:
