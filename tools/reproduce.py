@@ -252,14 +252,13 @@ def sweep(runs: list[dict], setup: dict, jobs: int, title: str) -> None:
         free.put(gpus[slot % len(gpus)] if gpus else '')
 
     def train(run: dict) -> tuple[dict, int]:
-        gpu = free.get()
+        gpu, status = free.get(), 2
         try:
             if not refused:  # else no other one begins
                 running[run['name']] = process = start(run, gpu, threads, words, lock.fileno())
-                if (status := process.wait()) != 2:
-                    return run, status
-                refused.append(run)  # by train.py, which has said why
-            return run, 2
+                status = process.wait()
+                refused.extend([run] * (status == 2))  # by train.py, which has said why
+            return run, status
         finally:
             running.pop(run['name'], None)
             free.put(gpu)
@@ -282,8 +281,8 @@ def sweep(runs: list[dict], setup: dict, jobs: int, title: str) -> None:
                     failed += not fine
                     if not fine or bar.disable:
                         bar.clear()
-                        stream = sys.stdout if fine else sys.stderr
-                        print(f'[{ended}/{len(todo)}]', ending(run, status), file=stream, flush=True)
+                        text = f'[{ended}/{len(todo)}] {ending(run, status)}'
+                        print(text, file=sys.stdout if fine else sys.stderr, flush=True)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             while not all(future.done() for future in futures):  # one of them may have been about to start
