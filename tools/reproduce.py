@@ -30,7 +30,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import BinaryIO
 
@@ -239,6 +239,14 @@ def ending(run: dict, status: int) -> str:
     return f'{run["name"]} {how}: {last} ({log})'
 
 
+def terminate(futures: list[Future], running: dict[str, subprocess.Popen]) -> None:
+    """Ends the processes of these runs; one of them may be about to start."""
+    while not all(future.done() for future in futures):
+        for name in [*running]:
+            running.pop(name).terminate()
+        time.sleep(0.05)
+
+
 def sweep(runs: list[dict], setup: dict, jobs: int, title: str) -> None:
     """Trains what is missing, several runs side by side, the first seed's first. If one fails, the command ends after the
     others; if train.py refuses one, at once."""
@@ -257,7 +265,8 @@ def sweep(runs: list[dict], setup: dict, jobs: int, title: str) -> None:
             if not refused:  # else no other one begins
                 running[run['name']] = process = start(run, gpu, threads, words, lock.fileno())
                 status = process.wait()
-                refused.extend([run] * (status == 2))  # by train.py, which has said why
+                if status == 2:  # by train.py, which has said why
+                    refused.append(run)
             return run, status
         finally:
             running.pop(run['name'], None)
@@ -285,10 +294,7 @@ def sweep(runs: list[dict], setup: dict, jobs: int, title: str) -> None:
                         print(text, file=sys.stdout if fine else sys.stderr, flush=True)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            while not all(future.done() for future in futures):  # one of them may have been about to start
-                for name in [*running]:
-                    running.pop(name).terminate()
-                time.sleep(0.05)
+            terminate(futures, running)
     if failed:
         sys.exit(f'reproduce.py: {failed} of {len(todo)} runs failed; the same command tries them again')
 
