@@ -28,6 +28,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+# MKL chooses a kernel for each of these at its first call in a process. If several threads make that call together, one may
+# get a less accurate kernel and be 1e-4 off, that once (github.com/pytorch/pytorch/issues/188792): so one thread makes it.
+for first in (torch.exp, torch.log, torch.sin, torch.cos, torch.sqrt):
+    first(torch.ones(1)), first(torch.ones(1, dtype=torch.float64))
+
 HUB = {name: f'openai-community/{name}' for name in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')}
 TRANSPOSED = ('attn.c_attn.weight', 'attn.c_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')  # Conv1D on the Hub
 

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import asdict
@@ -318,6 +321,25 @@ def test_a_trained_head_gets_its_gradient():
     (grad,) = torch.autograd.grad(gpt.loss(idx, idx)[0], gpt.wte.weight)
     (plain,) = torch.autograd.grad(F.cross_entropy(gpt(idx)[0].flatten(0, 1), idx.flatten()), gpt.wte.weight)
     assert relative_error(grad, plain) < 1e-6
+
+
+FIRST_CALL = """
+import torch, model
+x = torch.randn(512, 512)
+for _ in range(20):
+    x.mul(2), x @ x  # torch's threads and MKL's are up
+y = -20 * torch.rand(256, 49152)
+for _ in range(20):
+    x.mul(2)
+assert torch.equal(y.exp(), y.exp())
+"""
+
+
+def test_the_first_exponential_of_a_process_is_as_accurate_as_the_second():
+    """Without the first calls in model.py one of two processes fails here on a processor with AVX-512."""
+    for _ in range(4):
+        env = {**os.environ, 'OMP_NUM_THREADS': '2', 'PYTHONPATH': str(Path(model_file.__file__).parent)}
+        subprocess.run([sys.executable, '-c', FIRST_CALL], env=env, check=True)
 
 
 def test_attention_on_a_cpu_equals_sdpa():
