@@ -21,7 +21,7 @@ from configurator import SWITCHES  # noqa: E402
 from data import prepare  # noqa: E402
 
 PAGES = sorted([*ROOT.glob('*.md'), *ROOT.glob('docs/*.md'), ROOT / 'assets/README.md'])
-PAGES += [ROOT / f'results/{name}.md' for name in ('README', 'real', 'small', 'small-figures')]
+PAGES += [ROOT / f'results/{name}.md' for name in ('README', 'figures', 'real', 'small', 'small-figures')]
 TEXT = {str(page.relative_to(ROOT)): page.read_text(encoding='utf-8') for page in PAGES}
 DIFFS = ablations.diffs()
 FENCED = re.compile(r'^```(\w*)\n(.*?)^```$', re.M | re.S)

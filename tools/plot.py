@@ -233,7 +233,8 @@ def fit(what: str, folders: list) -> Figure:
         for i, (label, evals) in enumerate((('valid', run.valid), ('test', run.evals)), 1):
             xs, values = by_x([(e['x'], e['ppl']) for e in evals if e['user'] == user])
             draw_line(ax, i, label, xs, [v.mean() for v in values])
-        ax.set_title('\n'.join(([method_and_experts(run.config)[0]] if k < len(runs) else []) + [title_of(run, user)]))
+        ax.set_title(title_of(run, user) if run is runs[0] else '', loc='left')  # above the row
+        ax.set_title(f'{method_and_experts(run.config)[0]}\n' if k < len(runs) else '')
     fig.suptitle(heading(what, runs))
     fig.supylabel(perplexity_label(runs[0]).removeprefix('test '))
     fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncol=3)
